@@ -1,0 +1,63 @@
+"""What a drafter is: it knows tokens and trees, never FX, engines or the decode loop.
+
+Life of a sequence, as the runtime drives it::
+
+    drafter.add(seq, prompt)                       # x_0 .. x_{P-1}
+    drafter.accept(seq, [x_P], hidden[P, H])       # after prefill: one new token, hidden rows of the whole prompt
+    while not done:
+        tree = drafter.propose([seq], [budget])[0] # continuations of everything known so far
+        drafter.accept(seq, new_tokens, hidden)    # n accepted tokens (bonus included), hidden [n, H]
+    drafter.remove(seq)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
+
+
+class Drafter(Protocol):
+    """Proposes draft trees for sequences and learns from what was accepted."""
+
+    name: str
+    needs_hidden: bool
+    """Whether `accept` must be given the target's hidden states (else it gets None)."""
+
+    def add(self, seq: int, prompt: Sequence[int]) -> None:
+        """A new sequence with its prompt. Raises `ValueError` if `seq` is already in use."""
+
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
+        """`tokens` ``[n]`` were committed after all that was known.
+
+        `hidden` ``[m, H]``, ``m >= n``: the target's hidden states (the LM head's inputs) at the ``m`` positions just before the
+        last committed token, so row ``m - 1`` predicted ``tokens[-1]``. ``m > n`` only after prefill, where the prompt's rows come too.
+        """
+
+    def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
+        """One tree for each of `seqs`, of at most ``budgets[i]`` nodes; an empty tree where nothing is worth verifying."""
+
+    def remove(self, seq: int) -> None:
+        """Forget `seq`. Unknown ids are ignored, so that clean-up after a failure is always safe."""
+
+
+class NoDrafter:
+    """``method=None``: plain decoding through the same loop, the honest baseline."""
+
+    name = "none"
+    needs_hidden = False
+
+    def add(self, seq: int, prompt: Sequence[int]) -> None:
+        pass
+
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
+        pass
+
+    def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
+        return [EMPTY_TREE] * len(seqs)
+
+    def remove(self, seq: int) -> None:
+        pass

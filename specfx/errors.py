@@ -1,0 +1,83 @@
+"""Every error and every recorded reason of specfx, in one place.
+
+Two kinds of "no" exist and both are typed:
+
+* an **error** (a subclass of `SpecfxError`) is raised before any work is lost: it names the cause, the value and the remedy;
+* a **refusal** (`Refusal`) is recorded, not raised: a stage could not be done *and proven right*, so a slower path was taken.
+  Refusals stand in `specfx.explain(model).refusals`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class SpecfxError(Exception):
+    """Base of every error that specfx raises on purpose."""
+
+
+class OptionError(SpecfxError, ValueError):
+    """An unknown method or option, or a value out of range."""
+
+
+class UnsupportedModelError(SpecfxError):
+    """The model can't be wrapped (adapters, offload hooks, tensor parallelism, no `generate`)."""
+
+
+class PromptError(SpecfxError, ValueError):
+    """The prompt is empty, or longer than the model's context."""
+
+
+class KVPoolError(SpecfxError, MemoryError):
+    """The KV page pool can't hold what was asked of it."""
+
+
+class HeadError(SpecfxError, ValueError):
+    """A draft head is missing, misshapen, incomplete, or of another precision than its target."""
+
+
+class PassError(SpecfxError):
+    """An FX pass can't be applied; the runner rolls the graph back."""
+
+
+class CaptureError(SpecfxError):
+    """The model can't be captured as one FX graph."""
+
+
+class GateError(SpecfxError):
+    """A rewritten or compiled graph disagrees with the stock model."""
+
+
+class LoweringError(SpecfxError):
+    """Inductor or the CPU kernel build failed."""
+
+
+class Reason(enum.Enum):
+    """Why a faster path was not taken."""
+
+    CAPTURE_FAILED = "capture failed"
+    PASS_FAILED = "a pass failed"
+    GATE_FAILED = "the rewritten graph differs from the stock model"
+    LOWERING_FAILED = "lowering failed"
+    COMPILED_DIFFERS = "the compiled artifact differs from the graph engine"
+    TREES_UNVERIFIABLE = "this model can't verify draft trees"
+    CHAINS_UNVERIFIABLE = "this model can't verify draft chains"
+    NOT_ACCELERATED = "this call is not accelerated"
+    ENGINE_NOT_READY = "the compiled engine is still being built"
+    SWITCHED_OFF = "switched off by the user"
+    WEIGHTS_NOT_PACKED = "weights not packed"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A recorded reason: `stage` is what was tried, `detail` the cause, `remedy` what the user can do (may be empty)."""
+
+    stage: str
+    reason: Reason
+    detail: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.stage}: {self.reason.value}: {self.detail}"
+        return f"{text} (remedy: {self.remedy})" if self.remedy else text

@@ -1,0 +1,115 @@
+"""Typed, validated options of `specfx.speculate`: common ones, and a set for each method.
+
+A method's class is the only place that lists what it accepts; `parse` tells a caller who misspells one which there are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specfx.errors import OptionError
+from specfx.runtime.tree import MAX_ROWS
+
+ENGINES = ("auto", "compiled", "graph", "eager")
+COMPILE_MODES = ("background", "sync", "off")
+
+
+def _check(ok: bool, name: str, value: Any, rule: str) -> None:
+    if not ok:
+        raise OptionError(f"{name}={value!r}: {rule}")
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Options of every method.
+
+    engine: which engine to use; "auto" takes the fastest that is proven right. compile: "background" serves from the graph engine
+    until the artifact is ready, "sync" waits in `speculate`, "off" never compiles. num_speculative_tokens: most nodes of a draft
+    tree, ``1 .. 63``. kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float
+    in (0, 1) (fraction of free memory). page_size: tokens a page. disable_passes: names of passes to leave out.
+    """
+
+    engine: str = "auto"
+    compile: str = "background"
+    num_speculative_tokens: int = 16
+    kv_pool: str | int | float = "auto"
+    page_size: int = 64
+    disable_passes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.engine in ENGINES, "engine", self.engine, f"must be one of {', '.join(ENGINES)}")
+        _check(self.compile in COMPILE_MODES, "compile", self.compile, f"must be one of {', '.join(COMPILE_MODES)}")
+        n = self.num_speculative_tokens
+        _check(isinstance(n, int) and 1 <= n < MAX_ROWS, "num_speculative_tokens", n, f"must be an int in 1..{MAX_ROWS - 1}")
+        pool = self.kv_pool
+        ok = pool == "auto" or (type(pool) is int and pool > 0) or (type(pool) is float and 0 < pool < 1)
+        _check(ok, "kv_pool", pool, 'must be "auto", a number of pages (int > 0), or a fraction of free memory (0 < float < 1)')
+        _check(type(self.page_size) is int and self.page_size >= 1, "page_size", self.page_size, "must be an int >= 1")
+        object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
+
+
+@dataclass(frozen=True)
+class NoneOptions:
+    """``method=None``: plain decoding, nothing to set."""
+
+
+@dataclass(frozen=True)
+class SuffixOptions:
+    """``method="suffix"``, named as in ArcticInference where they mean the same.
+
+    max_tree_depth: longest context that is matched. max_spec_factor, max_spec_offset: a draft continues at most
+    ``factor * match + offset`` tokens. min_token_prob: a node is drafted only if its estimated path probability is at least this.
+    use_tree_spec: trees, or the most probable chain.
+    """
+
+    max_tree_depth: int = 64
+    max_spec_factor: float = 2.0
+    max_spec_offset: float = 0.0
+    min_token_prob: float = 0.2
+    use_tree_spec: bool = True
+
+    def __post_init__(self) -> None:
+        _check(type(self.max_tree_depth) is int and self.max_tree_depth >= 2, "max_tree_depth", self.max_tree_depth, "must be an int >= 2")
+        _check(self.max_spec_factor >= 0, "max_spec_factor", self.max_spec_factor, "must be >= 0")
+        _check(0 < self.min_token_prob <= 1, "min_token_prob", self.min_token_prob, "must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class MtpOptions:
+    """``method="mtp"``.
+
+    head: path of a head's safetensors file or of the folder that holds it. num_steps: how many tokens the head drafts in a chain
+    (one layer is used recursively, so this may exceed its number of layers).
+    """
+
+    head: str | Path | None = None
+    num_steps: int = 3
+
+    def __post_init__(self) -> None:
+        _check(self.head is not None, "head", self.head, "give the path of a trained head (see examples/train_mtp_head.py)")
+        _check(type(self.num_steps) is int and 1 <= self.num_steps < MAX_ROWS, "num_steps", self.num_steps, f"must be an int in 1..{MAX_ROWS - 1}")
+
+
+METHODS: dict[str | None, type] = {None: NoneOptions, "suffix": SuffixOptions, "mtp": MtpOptions}
+
+
+def parse(method: str | None, options: dict[str, Any]) -> tuple[CommonOptions, Any]:
+    """Split and validate keyword options. Raises `OptionError` for an unknown method, an unknown option or a bad value."""
+    if method not in METHODS:
+        known = ", ".join(repr(m) for m in METHODS)
+        raise OptionError(f"unknown method {method!r}: choose one of {known}")
+    common_names = {f.name for f in dataclasses.fields(CommonOptions)}
+    own_names = {f.name for f in dataclasses.fields(METHODS[method])}
+    unknown = sorted(set(options) - common_names - own_names)
+    if unknown:
+        known = ", ".join(sorted(own_names) + sorted(common_names))
+        raise OptionError(f"method {method!r} has no option {', '.join(map(repr, unknown))}; it knows: {known}")
+    try:
+        common = CommonOptions(**{k: v for k, v in options.items() if k in common_names})
+        own = METHODS[method](**{k: v for k, v in options.items() if k in own_names})
+    except TypeError as e:
+        raise OptionError(f"an option of method {method!r} has the wrong type: {e}") from e
+    return common, own

@@ -1,0 +1,89 @@
+"""The draft tree: what a drafter proposes and one target forward verifies.
+
+Nodes are the drafted tokens, in an order where a parent comes before its children. The root of every tree is the *pending*
+token: the last token committed, whose own forward has not happened yet. It is not a node here; parent ``-1`` means it.
+
+When a tree is forwarded, the pending token is row 0 and node ``i`` is row ``i + 1``. `ancestor_masks` and `depths` describe those
+rows: row ``i`` may see row ``j`` exactly if bit ``j`` of its mask is set (itself and its ancestors; after Miao et al.,
+SpecInfer, 2023), and its position is the pending token's position plus its depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_ROWS = 64
+"""Rows of one tree that an ancestor mask of one int64 word can describe, the pending token included."""
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """A proposal of ``n`` drafted tokens.
+
+    tokens: ``[n]`` token ids. parents: ``[n]`` index of each node's parent, ``-1`` for the pending token. probs: ``[n]`` estimated
+    probability that the node *and all its ancestors* are accepted (never above its parent's). Siblings hold different tokens.
+
+    Raises `ValueError` when those rules are broken or the tree has more than ``MAX_ROWS - 1`` nodes.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    probs: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        n = len(self.tokens)
+        if not n == len(self.parents) == len(self.probs):
+            raise ValueError(f"tokens, parents and probs differ in length: {n}, {len(self.parents)}, {len(self.probs)}")
+        if n > MAX_ROWS - 1:
+            raise ValueError(f"a draft tree holds at most {MAX_ROWS - 1} nodes, got {n}")
+        if any(not -1 <= p < i for i, p in enumerate(self.parents)):
+            raise ValueError(f"each parent must come before its child: {self.parents}")
+        if len(set(zip(self.parents, self.tokens, strict=True))) != n:
+            raise ValueError("two siblings hold the same token")
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], probs: Sequence[float] | None = None) -> DraftTree:
+        """A tree without branches; `probs` (path probabilities) default to 1."""
+        n = len(tokens)
+        return cls(tuple(tokens), tuple(range(-1, n - 1)), tuple(probs) if probs is not None else (1.0,) * n)
+
+    @property
+    def is_chain(self) -> bool:
+        return self.parents == tuple(range(-1, len(self) - 1))
+
+    def truncated(self, n: int) -> DraftTree:
+        """The first `n` nodes (a tree again, since parents come first)."""
+        return self if n >= len(self) else DraftTree(self.tokens[:n], self.parents[:n], self.probs[:n])
+
+    def ancestor_masks(self) -> list[int]:
+        """``[n + 1]`` bit masks over rows, as non-negative Python ints below ``2**(n + 1)``; row 0 is the pending token."""
+        masks = [1]
+        for i, p in enumerate(self.parents):
+            masks.append(masks[p + 1] | 1 << (i + 1))
+        return masks
+
+    def depths(self) -> list[int]:
+        """``[n + 1]`` depth of every row; the pending token has depth 0."""
+        depths = [0]
+        for p in self.parents:
+            depths.append(depths[p + 1] + 1)
+        return depths
+
+    def walk(self, targets: Sequence[int]) -> list[int]:
+        """Rows visited when the target chooses ``targets[row]`` after each row (``[n + 1]``).
+
+        Starts at row 0 and goes to the child that holds the target's choice for as long as there is one. The tokens committed
+        are ``[targets[r] for r in rows]``: the accepted drafts and, last, the bonus token.
+        """
+        children = {(p + 1, t): i + 1 for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+        rows = [0]
+        while (child := children.get((rows[-1], int(targets[rows[-1]])))) is not None:
+            rows.append(child)
+        return rows
+
+
+EMPTY_TREE = DraftTree()
