@@ -1,0 +1,85 @@
+"""What an engine is: it holds the keys and values of sequences and runs the target over new rows of them.
+
+The runtime needs four verbs and knows nothing else::
+
+    engine.add(seq, capacity)                  # room for `capacity` tokens, or KVPoolError
+    out = engine.forward([Rows(seq, ...)])     # one target forward over all given rows of all given sequences
+    engine.commit(seq, rows)                   # of the last forward, these rows of `seq` stay in its KV; the rest is rolled back
+    engine.remove(seq)                         # all its memory is free again
+
+Three engines exist: `compiled` and `graph` (the rewritten FX graph over a paged pool) and `eager` (the stock model with a cache of
+its own). Which one serves a model is chosen once, with typed reasons, in `specfx.engines.choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from specfx.runtime.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Rows:
+    """New rows of one sequence for one forward.
+
+    tokens: a causal run of token ids (a prompt, or just the pending token), at positions ``length .. length + n - 1`` where
+    ``length`` is the number of tokens already committed to the engine for this sequence. tree: if given, `tokens` is exactly the
+    one pending token and the tree's nodes are appended as further rows (row ``i + 1`` is node ``i``).
+    last_only: compute logits only for the last row (a prefill).
+    """
+
+    seq: int
+    tokens: Sequence[int]
+    tree: DraftTree | None = None
+    last_only: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tree is not None and len(self.tokens) != 1:
+            raise ValueError(f"a tree hangs on one pending token, got {len(self.tokens)} tokens")
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens) + (len(self.tree) if self.tree is not None else 0)
+
+
+@dataclass(frozen=True)
+class RowsOutput:
+    """What the target says of one sequence's rows.
+
+    argmax: ``[n]`` (``[1]`` if `last_only`) the greedy choice after each row, ints. logits: ``[n | 1, V]``, the model's dtype.
+    hidden: ``[rows, H]``, the LM head's inputs, for *all* rows (also with `last_only`); None if the engine can't tell.
+    Logits and hidden may be views that the next forward overwrites.
+    """
+
+    argmax: list[int]
+    logits: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+class Engine(Protocol):
+    name: str
+    """"compiled", "graph" or "eager"."""
+    verifies: str
+    """What it can verify: "trees", "chains" or "nothing" (then the stock `generate` serves the call)."""
+
+    def add(self, seq: int, capacity: int) -> None:
+        """Reserve room for `capacity` tokens of a new sequence. Raises `KVPoolError` before anything is changed."""
+
+    def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
+        """One target forward. Each sequence appears at most once. Nothing is committed until `commit`."""
+
+    def commit(self, seq: int, rows: Sequence[int]) -> None:
+        """Keep exactly `rows` of the last forward of `seq`, an ascending path; the others leave no trace.
+
+        A second `forward` of a sequence without a `commit` in between rolls the first one back entirely.
+        """
+
+    def remove(self, seq: int) -> None:
+        """Free everything of `seq`. Unknown ids are ignored."""
+
+    def length(self, seq: int) -> int:
+        """Tokens committed for `seq`."""
