@@ -1,0 +1,112 @@
+"""`specfx::tree_attention_`: append to paged KV, move last step's accepted nodes, attend under a tree mask. One op, in place.
+
+One fused op, because separate append and attend ops on one tensor make Inductor clone the cache (DESIGN, measured). A batch is
+*flat and ragged*: the rows of all sequences stand behind each other without padding.
+
+=============  =================  ====================================================================================
+argument       shape              meaning
+=============  =================  ====================================================================================
+q, k           ``[T, H*, Dk]``    rows of all sequences, ``Hq`` a multiple of ``Hkv``
+v              ``[T, Hkv, Dv]``   ``Dv`` may differ from ``Dk`` (MLA)
+tree_mask      int64 ``[T]``      bit ``j`` of a row: row ``j`` of the same sequence is visible (itself and its ancestors).
+                                  Not read for a sequence of more than 64 rows, nor if None: it is a causal run.
+page_table     int32 ``[S, P]``   page numbers of each sequence, in order of position
+lengths        int32 ``[S]``      committed tokens of each sequence: its new rows are appended from this position on
+row_starts     int32 ``[S + 1]``  rows of sequence ``s`` are ``row_starts[s] : row_starts[s + 1]``
+moves          int64 ``[2, M]``   slots (page * page_size + offset) from, to; done in order before all else, both
+                                  negative: nothing. Compacts the accepted path of the last step.
+k_pages        ``[N, ps, Hkv, D]``  the pools, written in place
+=============  =================  ====================================================================================
+
+Row ``i`` of a sequence is stored at position ``lengths[s] + i`` but *stands* at ``lengths[s] + depth``, where depth is the number of
+its ancestors; a sliding window is measured between standing positions. Ancestor masks after SpecInfer (Miao et al., 2023),
+paged KV after vLLM (Kwon et al., 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specfx.kernels.attention import masked_attention
+from specfx.kernels.library import define_op
+
+MASK_BITS = 64
+
+
+def _ancestors(tree_mask: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """bool ``[rows, rows]``: which rows of one sequence see which."""
+    if tree_mask is None or rows > MASK_BITS:
+        return torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    return (tree_mask[:, None] >> torch.arange(rows, device=device)) & 1 != 0
+
+
+def tree_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree_mask: Tensor | None,
+    page_table: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    moves: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """The specification; see the module's table. Returns ``[T, Hq, Dv]``."""
+    page_size = k_pages.shape[1]
+    flat_k, flat_v = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
+    source, target = moves[:, moves[0] >= 0]
+    flat_k[target], flat_v[target] = flat_k[source], flat_v[source]
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    starts = row_starts.tolist()
+    for s, length in enumerate(lengths.tolist()):
+        here = slice(starts[s], starts[s + 1])
+        rows = here.stop - here.start
+        position = torch.arange(length + rows, device=q.device)
+        slots = page_table[s].long()[position // page_size] * page_size + position % page_size
+        flat_k[slots[length:]], flat_v[slots[length:]] = k[here], v[here]
+        ancestors = _ancestors(None if tree_mask is None else tree_mask[here], rows, q.device)
+        visible = torch.cat([ancestors.new_ones(rows, length), ancestors], 1)
+        if window:
+            standing = torch.cat([position[:length], length + ancestors.sum(1) - 1])
+            visible &= standing[None, :] > standing[length:, None] - window
+        out[here] = masked_attention(q[here], flat_k[slots], flat_v[slots], visible, scale, softcap, sinks)
+    return out
+
+
+def _tree_attention_fake(q: Tensor, k: Tensor, v: Tensor, *metadata_caches_constants: object, **more: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+def tree_positions_reference(tree_mask: Tensor | None, lengths: Tensor, row_starts: Tensor, input_ids: Tensor) -> Tensor:
+    """Standing positions of all rows, int64 ``[1, T]`` (`input_ids` ``[1, T]`` gives T and the device)."""
+    starts = row_starts.tolist()
+    parts = []
+    for s, length in enumerate(lengths.tolist()):
+        here = slice(starts[s], starts[s + 1])
+        mask = None if tree_mask is None else tree_mask[here]
+        parts.append(length + _ancestors(mask, here.stop - here.start, input_ids.device).sum(1) - 1)
+    return torch.cat(parts)[None]
+
+
+def _tree_positions_fake(tree_mask: Tensor | None, lengths: Tensor, row_starts: Tensor, input_ids: Tensor) -> Tensor:
+    return torch.empty_like(input_ids, dtype=torch.int64)
+
+
+tree_attention_ = define_op(
+    "tree_attention_(Tensor q, Tensor k, Tensor v, Tensor? tree_mask, Tensor page_table, Tensor lengths, Tensor row_starts, Tensor moves, "
+    "Tensor(a!) k_pages, Tensor(b!) v_pages, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    reference=tree_attention_reference,
+    fake=_tree_attention_fake,
+)
+
+tree_positions = define_op(
+    "tree_positions(Tensor? tree_mask, Tensor lengths, Tensor row_starts, Tensor input_ids) -> Tensor",
+    reference=tree_positions_reference,
+    fake=_tree_positions_fake,
+)

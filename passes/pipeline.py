@@ -1,0 +1,16 @@
+"""The passes of specfx in the order in which they run. Every one can be switched off by name."""
+
+from __future__ import annotations
+
+from specfx.passes.canonicalize_attention import canonicalize_attention
+from specfx.passes.epilogue import epilogue
+from specfx.passes.framework import Pass
+from specfx.passes.pack_linears import pack_linears
+from specfx.passes.paged_kv import paged_kv
+from specfx.passes.tree_mask import tree_mask
+
+REWRITE: tuple[Pass, ...] = (canonicalize_attention, paged_kv, tree_mask, epilogue)
+"""What makes a stock graph speculative: shared by the graph and the compiled engine."""
+
+LOWERING: tuple[Pass, ...] = (pack_linears,)
+"""What the compiled engine adds for the machine at hand."""

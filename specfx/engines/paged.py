@@ -1,0 +1,129 @@
+"""The engine over a rewritten graph: packs ragged rows into the graph's flat inputs, and unpacks what it returns.
+
+`PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node on the ops'
+references ("graph"), or the artifact that Inductor made of it ("compiled"). Inputs are bound by the names of the graph's
+placeholders, so passes may be switched off: without the tree mask the engine verifies chains, without the epilogue it selects
+logits itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from specfx.engines.base import Rows, RowsOutput
+from specfx.kernels.library import REFERENCES
+from specfx.passes.framework import copy_module
+from specfx.runtime.kv_pool import KVPool, LayerShape
+from specfx.runtime.tree import MAX_ROWS
+
+Call = Callable[..., Sequence[Tensor]]
+
+
+def on_references(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with every specfx op replaced by its reference: the specification, run as it is."""
+    module = copy_module(module)
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in REFERENCES:
+            node.target = REFERENCES[node.target]
+    module.recompile()
+    return module
+
+
+def _as_int64(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+class PagedEngine:
+    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order."""
+
+    def __init__(self, name: str, module: fx.GraphModule, call: Call, pool_size: str | int | float, device: torch.device) -> None:
+        self.name, self.call, self.module = name, call, module
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        self.inputs = [str(n.target) for n in inputs]
+        self.verifies = "trees" if "tree_mask" in self.inputs else "chains"
+        pools = [n for n in inputs if n.target.startswith(("k_pages_", "v_pages_"))]
+        shapes = [LayerShape(n.meta["val"].shape[2], n.meta["val"].shape[3], n.meta["val"].dtype) for n in pools]
+        self._pool_names = [str(n.target) for n in pools]
+        self.pool = KVPool(shapes, pools[0].meta["val"].shape[1], pool_size, device)
+        self._selects = "logit_rows" in self.inputs
+        self._device = device
+
+    def add(self, seq: int, capacity: int) -> None:
+        self.pool.add(seq, capacity)
+
+    def remove(self, seq: int) -> None:
+        self.pool.remove(seq)
+
+    def length(self, seq: int) -> int:
+        return self.pool.length(seq)
+
+    def commit(self, seq: int, rows: Sequence[int]) -> None:
+        self.pool.commit(seq, rows)
+
+    def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+    def bind(self, batch: Sequence[Rows]) -> dict[str, Tensor]:
+        """The graph's inputs for `batch`, by name."""
+        seqs, counts = [r.seq for r in batch], [r.count for r in batch]
+        if len(set(seqs)) != len(seqs):
+            raise ValueError("each sequence may appear once in a forward")
+        tokens: list[int] = []
+        masks: list[int] = []
+        positions: list[int] = []
+        starts = [0]
+        logit_rows: list[int] = []
+        for rows, count in zip(batch, counts, strict=True):
+            tokens += rows.tokens
+            if rows.tree is not None:
+                if self.verifies != "trees" and not rows.tree.is_chain:
+                    raise ValueError("this engine verifies chains only: the tree_mask pass did not run")
+                tokens += rows.tree.tokens
+                masks += map(_as_int64, rows.tree.ancestor_masks())
+            elif count <= MAX_ROWS:
+                masks += [_as_int64((2 << i) - 1) for i in range(count)]
+            else:
+                masks += [0] * count
+            length = self.pool.length(rows.seq)
+            positions += range(length, length + count)
+            start, end = starts[-1], starts[-1] + count
+            starts.append(end)
+            logit_rows += [end - 1] if rows.last_only else range(start, end)
+        lengths = self.pool.lengths(seqs)
+        moves = self.pool.begin(seqs, counts)
+        return {
+            "input_ids": self._tensor(tokens)[None],
+            "position_ids": self._tensor(positions)[None],
+            "page_table": self.pool.page_table(seqs),
+            "lengths": self._tensor(lengths, torch.int32),
+            "row_starts": self._tensor(starts, torch.int32),
+            "moves": moves,
+            "tree_mask": self._tensor(masks),
+            "logit_rows": self._tensor(logit_rows),
+            **dict(zip(self._pool_names, self.pool.pools, strict=True)),
+        }
+
+    @torch.no_grad()
+    def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
+        inputs = self.bind(batch)
+        logits, hidden, *rest = self.call(*[inputs[name] for name in self.inputs])
+        logits, hidden = logits[0], hidden[0]
+        if not self._selects:
+            logits = logits[inputs["logit_rows"]]
+        argmax: list[int] = (rest[0] if rest else logits.float().argmax(-1)).tolist()
+        outputs, row, read = [], 0, 0
+        for rows in batch:
+            count, reads = rows.count, 1 if rows.last_only else rows.count
+            outputs.append(RowsOutput(argmax[read : read + reads], logits[read : read + reads], hidden[row : row + count]))
+            row, read = row + count, read + reads
+        return outputs
+
+
+def graph_engine(module: fx.GraphModule, pool_size: str | int | float, device: torch.device) -> PagedEngine:
+    """The engine that runs `module` as it is, on the ops' references."""
+    runnable: Any = on_references(module)
+    return PagedEngine("graph", module, runnable, pool_size, device)

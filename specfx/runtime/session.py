@@ -1,0 +1,182 @@
+"""The runtime: sequences come, step together, and go. One `generate` call, a batch and a server are the same code.
+
+A step is the whole of speculative decoding (Leviathan et al., 2023; trees after SpecInfer, Miao et al., 2023):
+
+1. **draft**: the drafter proposes a token tree for each sequence;
+2. **verify**: one target forward over all trees, each hanging on its sequence's pending token;
+3. **walk**: from the root to the child that holds the target's own choice, for as long as there is one. The last choice, which
+   no child holds, is the bonus token: a step commits at least one token, and exactly those that plain decoding would have chosen;
+4. **commit**: the engine keeps the walked rows, the drafter learns them, the bonus token is the next pending one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specfx.drafters.base import Drafter
+from specfx.engines.base import Engine, Rows, RowsOutput
+from specfx.runtime.stats import CallStats
+from specfx.runtime.tree import DraftTree
+
+PREFILL_CHUNK = 512
+"""Rows of a prompt that one forward takes."""
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+"""A logits processor: ``(input_ids [1, L], scores [1, V] float32) -> scores``."""
+
+_ids = itertools.count()
+
+
+@dataclass
+class SequenceState:
+    """State of one sequence. tokens: prompt and all committed tokens; the last one is pending (its forward has not happened).
+    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens)."""
+
+    id: int
+    tokens: list[int]
+    seen: list[int]
+    remaining: int
+    stop: Callable[[int], bool]
+    processor: Processor | None
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What a step gave one sequence: its new tokens, and whether it has ended (then it is already removed)."""
+
+    seq: int
+    tokens: list[int]
+    finished: bool
+
+
+class _Choices:
+    """The target's choice after each row, made when asked for: a processor sees exactly the prefix that plain decoding would show it."""
+
+    def __init__(self, sequence: SequenceState, tree: DraftTree, output: RowsOutput) -> None:
+        self.sequence, self.tree, self.output = sequence, tree, output
+        self.made: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.output.argmax)
+
+    def __getitem__(self, row: int) -> int:
+        if row not in self.made:
+            path, node = [], row - 1
+            while node >= 0:
+                path.append(self.tree.tokens[node])
+                node = self.tree.parents[node]
+            self.made[row] = choose(self.sequence, path[::-1], self.output.logits[row])
+        return self.made[row]
+
+
+def choose(sequence: SequenceState, path: list[int], logits: Tensor) -> int:
+    """The greedy token after the sequence's tokens and `path`, through its processor. logits: ``[V]``."""
+    assert sequence.processor is not None
+    prefix = torch.tensor([sequence.seen + path], device=logits.device)
+    return int(sequence.processor(prefix, logits[None].float()).argmax(-1))
+
+
+class Runtime:
+    """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine."""
+
+    def __init__(self, engine: Engine, drafter: Drafter, max_nodes: int, stats: CallStats) -> None:
+        self.engine, self.drafter, self.max_nodes, self.stats = engine, drafter, max_nodes, stats
+        self.sequences: dict[int, SequenceState] = {}
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        stop: Callable[[int], bool],
+        processor: Processor | None = None,
+        seen: Sequence[int] | None = None,
+    ) -> Committed:
+        """Prefill a new sequence and commit its first token.
+
+        stop: called once with each new token, in order; True ends the sequence there. Raises `KVPoolError` before anything is done,
+        and leaves nothing behind whatever it raises.
+        """
+        seq = next(_ids)
+        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor)
+        self.engine.add(seq, len(prompt) + max_new_tokens + self.max_nodes + 1)
+        try:
+            self.drafter.add(seq, prompt)
+            self.sequences[seq] = sequence
+            with self.stats.timed("prefill"):
+                output, hidden = self._prefill(seq, prompt)
+            token = output.argmax[-1] if processor is None else choose(sequence, [], output.logits[-1])
+            self.stats.prefills += 1
+            self.stats.prompt_tokens += len(prompt)
+            return self._commit(sequence, [token], hidden)
+        except BaseException:
+            self.remove(seq)
+            raise
+
+    def _prefill(self, seq: int, prompt: Sequence[int]) -> tuple[RowsOutput, Tensor | None]:
+        hidden: list[Tensor] = []
+        for start in range(0, len(prompt), PREFILL_CHUNK):
+            chunk = prompt[start : start + PREFILL_CHUNK]
+            output = self.engine.forward([Rows(seq, chunk, last_only=True)])[0]
+            self.engine.commit(seq, range(len(chunk)))
+            if self.drafter.needs_hidden and output.hidden is not None:
+                hidden.append(output.hidden)
+        return output, torch.cat(hidden) if hidden else None
+
+    def step(self) -> list[Committed]:
+        """One step of every sequence; see the module's docstring."""
+        active = list(self.sequences.values())
+        if not active:
+            return []
+        with self.stats.timed("draft"):
+            budgets = [min(self.max_nodes, s.remaining - 1) if self.engine.verifies != "nothing" else 0 for s in active]
+            trees = self.drafter.propose([s.id for s in active], budgets)
+        with self.stats.timed("forward"):
+            outputs = self.engine.forward([Rows(s.id, s.tokens[-1:], tree) for s, tree in zip(active, trees, strict=True)])
+        self.stats.forwards += 1
+        committed = []
+        for sequence, tree, output in zip(active, trees, outputs, strict=True):
+            with self.stats.timed("accept"):
+                choices: Sequence[int] = output.argmax if sequence.processor is None else _Choices(sequence, tree, output)  # type: ignore[assignment]
+                rows = tree.walk(choices)
+                tokens = [choices[row] for row in rows]
+                self.engine.commit(sequence.id, rows)
+                self.stats.steps += 1
+                if len(tree):
+                    self.stats.count_draft(max(tree.depths()), len(rows) - 1, len(tree))
+                hidden = output.hidden[rows] if self.drafter.needs_hidden and output.hidden is not None else None
+            committed.append(self._commit(sequence, tokens, hidden))
+        return committed
+
+    def _commit(self, sequence: SequenceState, tokens: list[int], hidden: Tensor | None) -> Committed:
+        """Append `tokens` up to the one that ends the sequence."""
+        finished = False
+        for i, token in enumerate(tokens):
+            sequence.tokens.append(token)
+            sequence.seen.append(token)
+            sequence.remaining -= 1
+            if sequence.stop(token) or sequence.remaining <= 0:
+                tokens, finished = tokens[: i + 1], True
+                break
+        self.stats.tokens += len(tokens)
+        if finished:
+            self.remove(sequence.id)
+        else:
+            with self.stats.timed("draft"):
+                self.drafter.accept(sequence.id, tokens, hidden)
+        return Committed(sequence.id, tokens, finished)
+
+    def remove(self, seq: int) -> None:
+        """Free everything of `seq`; unknown ids are ignored."""
+        self.sequences.pop(seq, None)
+        self.engine.remove(seq)
+        self.drafter.remove(seq)
+
+    def close(self) -> None:
+        """Remove all sequences: what an interrupted call does."""
+        for seq in list(self.sequences):
+            self.remove(seq)
