@@ -37,10 +37,11 @@ _HARMLESS_ARGUMENTS = {
 
 
 def clone_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class with modules and configs of its own whose parameters (`requires_grad` False) and buffers share storage
-    with the original's; in eval mode."""
+    """A model of the same class with modules and configs of its own whose parameters (`requires_grad` False) and saved buffers share
+    storage with the original's; in eval mode. Buffers that are not saved are copied: some rotary embeddings rewrite theirs in `forward`."""
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    memo |= {id(b): b for b in model.buffers()}
+    for module in model.modules():
+        memo |= {id(b): b for name, b in module._buffers.items() if b is not None and name not in module._non_persistent_buffers_set}
     wrapper = model.__dict__.get("generate")
     if wrapper is not None:  # specfx's own instance-level `generate` is not part of the stock model
         memo[id(wrapper)] = None
@@ -51,15 +52,16 @@ def clone_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Storage, version, dtype and device of every parameter and buffer at one moment."""
+    """Storage, version, dtype and device of every parameter and saved buffer at one moment."""
 
     storage: tuple[tuple[int, torch.dtype, torch.device, torch.Size], ...]
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        tensors = [*model.parameters(), *model.buffers()]
-        return cls(tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors), tuple(t._version for t in tensors))
+        tensors = model.state_dict(keep_vars=True).values()
+        storage = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors)
+        return cls(storage, tuple(0 if t.is_inference() else t._version for t in tensors))
 
 
 def _marker_attention(

@@ -1,7 +1,7 @@
 """The engine over a rewritten graph: packs ragged rows into the graph's flat inputs, and unpacks what it returns.
 
-`PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node on the ops'
-references ("graph"), or the artifact that Inductor made of it ("compiled"). Inputs are bound by the names of the graph's
+`PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"),
+or the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs are bound by the names of the graph's
 placeholders, so passes may be switched off: without the tree mask the engine verifies chains, without the epilogue it selects
 logits itself.
 """
@@ -124,6 +124,6 @@ class PagedEngine:
 
 
 def graph_engine(module: fx.GraphModule, pool_size: str | int | float, device: torch.device) -> PagedEngine:
-    """The engine that runs `module` as it is, on the ops' references."""
-    runnable: Any = on_references(module)
+    """The engine that runs `module` as it is."""
+    runnable: Any = module
     return PagedEngine("graph", module, runnable, pool_size, device)

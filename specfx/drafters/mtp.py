@@ -1,0 +1,132 @@
+"""The `mtp` drafter: a next-n head drafts a chain of tokens from the target's hidden states.
+
+A sequence's KV in the head has one row for each *pair* (h_t, x_{t+1}) of a hidden state and the token it predicted. `accept` only
+notes the pairs of what was committed; `propose` runs the head over them once, which both fills their KV rows and yields the first
+drafted token. Each further token is one more step of the same layer, fed with the head's own hidden state. The rows of those steps
+hold guesses and are dropped before `propose` returns, so nothing of a draft ever outlives it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from specfx.drafters.mtp_head import HeadKV, load_head
+from specfx.options import MtpOptions
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
+
+_ACCEPTANCE_WINDOW = 256
+_ACCEPTANCE_FLOOR = 0.01
+
+
+@dataclass
+class _Sequence:
+    """State of one sequence. `tokens` and `hidden` are the pairs that the head has not yet run over: ``[n]`` and pieces of ``[n, H]``."""
+
+    prompt: Sequence[int]
+    kv: HeadKV = field(default_factory=HeadKV)
+    tokens: list[int] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    last: torch.Tensor | None = None
+    """``[1, 1, H]``: the head's hidden state at the last committed pair, valid while no pair waits."""
+    started: bool = False
+    drafted: int | None = None
+    """First token of the last draft, until it is known whether it was accepted."""
+
+
+class MtpDrafter:
+    """Drafts greedy chains of ``min(num_steps, max_nodes, budget)`` tokens with a head (`specfx.drafters.mtp_head`).
+
+    The head is read from ``options.head``; raises `HeadError` if it doesn't fit `target`. Warns once if almost none of its drafts are
+    accepted, which is how a head of another model shows.
+    """
+
+    name = "mtp"
+    needs_hidden = True
+
+    def __init__(self, options: MtpOptions, max_nodes: int, target: nn.Module) -> None:
+        assert options.head is not None  # MtpOptions sees to it
+        self.head = load_head(options.head, target)
+        self._path = options.head
+        self._steps = min(options.num_steps, max_nodes)
+        self._sequences: dict[int, _Sequence] = {}
+        self._judged = self._right = 0
+
+    def add(self, seq: int, prompt: Sequence[int]) -> None:
+        if seq in self._sequences:
+            raise ValueError(f"sequence {seq} is already in use")
+        self._sequences[seq] = _Sequence(prompt=list(prompt))
+
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
+        """See `Drafter.accept`. `hidden` is copied: its buffer may be used again. Fewer rows than the prompt's are right after
+        prefill (the head then sees the later part of the prompt only).
+
+        Raises `ValueError` if `hidden` is not ``[m, H]`` with at least a row for each token.
+        """
+        state = self._sequences[seq]
+        n = len(tokens)
+        if n == 0:
+            return
+        if hidden is None or hidden.ndim != 2 or hidden.shape[0] < n or hidden.shape[1] != self.head.hidden_size:
+            got = None if hidden is None else list(hidden.shape)
+            raise ValueError(f"hidden must be [m >= {n}, {self.head.hidden_size}] for {n} tokens, got {got}")
+        predicted = [int(t) for t in tokens]
+        if not state.started:  # the prompt's pairs come along, once: row j predicted prompt[j + 1]
+            state.started = True
+            extra = min(hidden.shape[0] - n, max(len(state.prompt) - 1, 0))
+            predicted = [int(t) for t in state.prompt[len(state.prompt) - extra :]] + predicted
+            state.prompt = ()
+        state.tokens += predicted
+        state.hidden.append(hidden[hidden.shape[0] - len(predicted) :].detach().to(self.head.device, self.head.dtype, copy=True))
+        self._judge(state, int(tokens[0]))
+
+    @torch.no_grad()
+    def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
+        return [self._chain(self._sequences[seq], min(self._steps, budget)) for seq, budget in zip(seqs, budgets, strict=True)]
+
+    def remove(self, seq: int) -> None:
+        self._sequences.pop(seq, None)
+
+    def _chain(self, state: _Sequence, steps: int) -> DraftTree:
+        if steps < 1 or not state.started:
+            return EMPTY_TREE
+        head = self.head
+        if state.tokens:  # catch up with what was committed; its last row drafts the first token
+            pairs = torch.tensor([state.tokens], device=head.device), torch.cat(state.hidden)[None]
+            state.last = head(*pairs, state.kv)[:, -1:]
+            state.tokens, state.hidden = [], []
+        committed = state.kv.length
+        positions = torch.arange(committed, committed + steps, device=head.device)[None]
+        assert state.last is not None
+        hidden = state.last
+        tokens: list[torch.Tensor] = []
+        probs: list[torch.Tensor] = []
+        for i in range(steps):
+            if i:
+                hidden = head(tokens[-1], hidden, state.kv, positions[:, i - 1 : i])
+            logits = head.logits(hidden)[:, -1].float()  # [1, V]
+            best, token = logits.max(dim=-1)
+            tokens.append(token[None])  # stays on the device: nothing waits for it before the chain is done
+            probs.append((best - logits.logsumexp(dim=-1)).exp())
+        state.kv.length = committed
+        chain = torch.cat(tokens, dim=1)[0].tolist()
+        path = torch.cat(probs).clamp(max=1.0).cumprod(0).tolist()
+        state.drafted = chain[0]
+        return DraftTree.chain(chain, path)
+
+    def _judge(self, state: _Sequence, token: int) -> None:
+        """Count whether the last draft's first token was accepted, and warn once if hardly any ever is."""
+        if state.drafted is None:
+            return
+        self._judged += 1
+        self._right += state.drafted == token
+        state.drafted = None
+        if self._judged == _ACCEPTANCE_WINDOW and self._right < _ACCEPTANCE_FLOOR * self._judged:
+            warnings.warn(
+                f"only {self._right} of {self._judged} drafts of the head {self._path} were accepted: was it trained for this model?",
+                stacklevel=3,
+            )

@@ -1,0 +1,198 @@
+"""Which engine serves a model: chosen once, fastest first, each proven against the stock model before its output counts.
+
+    capture -> rewrite passes -> gate on the references -> graph engine -> Inductor -> gate -> compiled engine
+
+Where a stage fails, its typed reason is recorded and the last engine that was proven serves; if there is none, the eager engine does.
+With ``compile="background"`` the graph engine serves until the compiled one is ready, and the switch happens between two calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+from transformers import PreTrainedModel
+
+from specfx import gate
+from specfx.capture import Fingerprint, capture, clone_sharing_storage
+from specfx.engines.base import Engine
+from specfx.engines.compiled import CompiledEngine
+from specfx.engines.eager import EagerEngine
+from specfx.engines.paged import PagedEngine, graph_engine, on_references
+from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal
+from specfx.kernels import cpu_build
+from specfx.options import CommonOptions
+from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.pipeline import LOWERING, REWRITE
+
+log = logging.getLogger("specfx")
+
+_REASONS: tuple[tuple[type[Exception], Reason], ...] = (
+    (CaptureError, Reason.CAPTURE_FAILED),
+    (PassError, Reason.PASS_FAILED),
+    (GateError, Reason.GATE_FAILED),
+    (LoweringError, Reason.LOWERING_FAILED),
+)
+
+
+class Prepared:
+    """The engines of one model, and how they came about. State; `engine` is the one that serves the next call."""
+
+    def __init__(self, model: PreTrainedModel, options: CommonOptions) -> None:
+        self.options = options
+        self.fingerprint = Fingerprint.of(model)
+        self.refusals: list[Refusal] = []
+        self.records: tuple[PassRecord, ...] = ()
+        self.seconds: dict[str, float] = {}
+        self.module: fx.GraphModule | None = None
+        self._packs = False
+        self._engine: Engine | None = None
+        self._ready: Engine | None = None
+        self._thread: threading.Thread | None = None
+        _check_pass_names(options.disable_passes)
+        if options.engine != "eager":
+            self._prepare_graph(model)
+        if self._engine is None:
+            with self._timed("eager"):
+                eager = EagerEngine(model)
+            self.refusals += eager.refusals
+            self._engine = eager
+        elif options.engine in ("auto", "compiled") and options.compile != "off":
+            stock = clone_sharing_storage(model)
+            if options.compile == "sync":
+                self._compile(stock)
+            else:
+                self._thread = threading.Thread(target=self._compile, args=(stock,), name="specfx-compile", daemon=True)
+                self._thread.start()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine for the next call: a compiled one that has become ready takes over here."""
+        ready = self._ready
+        if ready is not None:
+            self._engine, self._ready = ready, None
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def compiling(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until a background compilation has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = time.perf_counter() - started
+
+    def _refuse(self, stage: str, error: Exception, remedy: str = "") -> None:
+        reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
+        refusal = Refusal(stage, reason, str(error) if str(error) else type(error).__name__, remedy)
+        self.refusals.append(refusal)
+        log.warning("specfx: %s", refusal)
+
+    def _prepare_graph(self, model: PreTrainedModel) -> None:
+        options = self.options
+        try:
+            gate.refuse_by_name(model.config)
+            with self._timed("capture"):
+                captured = capture(model)
+            with self._timed("passes"):
+                context = PassContext(options.page_size)
+                rewrite = [p for p in options.disable_passes if p in {q.name for q in REWRITE}]
+                result = run_passes(captured, REWRITE, context, rewrite)
+            self.records = result.records
+            if not _serves(result.module):
+                failed = result.failed or result.records[-1]
+                raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
+            if result.failed is not None and result.failed.refusal is not None:
+                self.refusals.append(result.failed.refusal)
+            self._load_kernels(model.device)
+            with self._timed("gate"):
+                stock = clone_sharing_storage(model)
+                shrunken = gate.with_shrunken_windows(result.module)
+                for call in (on_references(shrunken), shrunken):
+                    gate.check(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
+            self.module = result.module
+            self._engine = graph_engine(result.module, options.kv_pool, model.device)
+        except (CaptureError, PassError, GateError) as e:
+            self._refuse("graph engine", e)
+
+    def _load_kernels(self, device: torch.device) -> None:
+        """Replace the ops' references by kernels where they can be built; where not, the references stay in force."""
+        if device.type != "cpu":
+            return
+        try:
+            with self._timed("kernels"):
+                self._packs = cpu_build.load().packs
+        except LoweringError as e:
+            self._refuse("CPU kernels", e, "install a C++ compiler (g++) or set CXX")
+
+    def _compile(self, stock: PreTrainedModel) -> None:
+        assert self.module is not None
+        context = PassContext(self.options.page_size, self._packs)
+        try:
+            with self._timed("compile"):
+                compiled = CompiledEngine(self.module, context, self.options.disable_passes, self.options.kv_pool, stock.device)
+            with self._timed("first use"):
+                gate.check(compiled, stock, shrink_windows=False)
+        except (LoweringError, GateError) as e:
+            self._refuse("compiled engine", e)
+            return
+        self.refusals += [r.refusal for r in compiled.records if r.refusal is not None]
+        self.records += compiled.records
+        self._ready = compiled
+
+    def is_current(self, model: PreTrainedModel) -> bool:
+        """Whether the weights still lie where they were captured; values changed in place are followed. False: prepare anew."""
+        now = Fingerprint.of(model)
+        if now.storage != self.fingerprint.storage:
+            return False
+        if now.versions != self.fingerprint.versions:
+            self.wait()
+            if isinstance(self.engine, CompiledEngine):
+                self.engine.refresh()
+            self.fingerprint = now
+        return True
+
+
+def _serves(module: fx.GraphModule) -> bool:
+    """Whether the rewritten graph has a KV: what a switched-off or failed pass may have cost."""
+    names = {str(n.target) for n in module.graph.nodes if n.op == "placeholder"}
+    return {"input_ids", "lengths", "k_pages_0"} <= names
+
+
+def _check_pass_names(disabled: tuple[str, ...]) -> None:
+    names = [p.name for p in (*REWRITE, *LOWERING)]
+    unknown = [d for d in disabled if d not in names]
+    if unknown:
+        from specfx.errors import OptionError
+
+        raise OptionError(f"disable_passes: no pass is named {', '.join(unknown)}; the passes are {', '.join(names)}")
+
+
+def packed_bytes(engine: Engine) -> int:
+    """Memory of the packed copy of the weights."""
+    if not isinstance(engine, CompiledEngine):
+        return 0
+    buffers = dict(engine.module.named_buffers())
+    return sum(buffers[name].numel() * buffers[name].element_size() for name in engine.module.meta.get("packed", {}))
+
+
+def kv_pool(engine: Engine) -> tuple[int, int, int]:
+    """(pages, pages in use, tokens a page) of the engine's pool; zeros for an engine without one."""
+    if not isinstance(engine, PagedEngine):
+        return 0, 0, 0
+    return engine.pool.pages, engine.pool.pages_in_use, engine.pool.page_size
+

@@ -1,0 +1,45 @@
+"""The compiled engine: the rewritten graph, lowered for the machine at hand by Inductor.
+
+1. The lowering passes run (`pack_linears`).
+2. Inductor compiles one artifact for all numbers of rows, sequences and pages. Weights, packed weights and page pools are its inputs,
+   so it holds no copy of them, and the pools are written in place.
+
+Inductor's cache key knows neither our ops nor our kernels; `_compat.inductor_compile` puts a hash of their sources into it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from specfx import _compat
+from specfx.engines.paged import PagedEngine
+from specfx.errors import LoweringError
+from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.pack_linears import repack
+from specfx.passes.pipeline import LOWERING
+
+
+class CompiledEngine(PagedEngine):
+    """`PagedEngine` over an Inductor artifact. records: what the lowering passes did.
+
+    Raises `LoweringError` if Inductor fails.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...], pool_size: str | int | float, device: torch.device
+    ) -> None:
+        lowered = run_passes(module, LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
+        self.records: tuple[PassRecord, ...] = lowered.records
+        examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
+        try:
+            call: Any = _compat.inductor_compile(lowered.module, examples, {})
+        except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
+            raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
+        super().__init__("compiled", lowered.module, call, pool_size, device)
+
+    def refresh(self) -> None:
+        """Follow in-place changes of the weights: pack them again. The other weights are the model's own."""
+        repack(self.module)

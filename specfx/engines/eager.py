@@ -1,0 +1,236 @@
+"""The eager engine: the stock model itself, used where no captured graph was proven right.
+
+Every sequence has a `DynamicCache` of its own in which all layers are full, also those with a sliding window: the rows of a tree that
+were not chosen can then be taken out again. Sequences run one after another.
+
+A causal run (a prompt, a chain of drafts) goes through the model with no mask given, so that transformers builds its own. The rows of
+a branching tree need a 4-D mask, which transformers hands to the layers as it is: `TreeMasks` therefore knows windows and chunks,
+and gives one mask for each layer type where the model takes them so. What a model can verify is not assumed but found out once, by
+`specfx.engines.eager_probe`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from specfx.capture import clone_sharing_storage
+from specfx.engines.base import Rows, RowsOutput
+from specfx.engines.eager_probe import STAGE, cause_of, probe
+from specfx.errors import Reason, Refusal
+from specfx.runtime.tree import DraftTree
+
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
+_KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "attention_chunk_size"}
+
+
+@dataclass
+class _Sequence:
+    """State of one sequence: `length` committed tokens lie first in `cache`, then the `rows` rows of a forward not yet committed."""
+
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    length: int = 0
+    rows: int = 0
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[int]) -> None:
+        """Cut the cache to the committed tokens and, after them, these of the uncommitted rows."""
+        end = self.length + len(rows)
+        if end == 0:
+            self.cache = DynamicCache()  # a forward that failed half way may have left layers of any length
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
+            if getattr(layer, "keys", None) is None:  # a layer that shares the keys of another
+                continue
+            if list(rows) != list(range(len(rows))):  # a tree's path with gaps: move it together
+                source = torch.tensor(rows, device=layer.keys.device) + self.length
+                layer.keys[..., self.length : end, :] = layer.keys[..., source, :]
+                layer.values[..., self.length : end, :] = layer.values[..., source, :]
+            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
+        self.length, self.rows = end, 0
+
+
+class EagerEngine:
+    """`specfx.engines.base.Engine` over a clone of `model` that shares its weights; `model` itself is never modified.
+
+    verifies: "trees", "chains" or "nothing", as found by a probe at construction. refusals: why it isn't more, one for each level
+    that failed. model: the clone, None if there could be none. Construction doesn't raise for any `PreTrainedModel`.
+    """
+
+    name = "eager"
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model: PreTrainedModel | None = None
+        self.verifies = "nothing"
+        self.refusals: list[Refusal] = []
+        self._sequences: dict[int, _Sequence] = {}
+        try:
+            self.model = clone_sharing_storage(model)
+            _use_maskable_attention(self.model)
+            self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+            self._head = self.model.get_output_embeddings()
+            self._device = self.model.device
+        except Exception as error:
+            self.refusals.append(Refusal(STAGE, Reason.CHAINS_UNVERIFIABLE, f"the model can't be cloned: {cause_of(error)}"))
+            return
+        self.verifies, self.refusals = probe(self)
+        self._sequences.clear()
+
+    def add(self, seq: int, capacity: int) -> None:
+        """Begin sequence `seq`. Its cache grows as it must, so `capacity` (tokens) reserves nothing. Raises `ValueError` for a used id."""
+        if seq in self._sequences:
+            raise ValueError(f"sequence {seq} exists already; remove it before its id is used again")
+        self._sequences[seq] = _Sequence()
+
+    def remove(self, seq: int) -> None:
+        self._sequences.pop(seq, None)
+
+    def length(self, seq: int) -> int:
+        return self._sequences[seq].length
+
+    def commit(self, seq: int, rows: Sequence[int]) -> None:
+        """See `Engine.commit`. Raises `ValueError` if `rows` aren't ascending rows of the last forward."""
+        sequence, rows = self._sequences[seq], list(rows)
+        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < sequence.rows):
+            raise ValueError(f"rows {rows} are not an ascending path among the {sequence.rows} rows of the last forward of {seq}")
+        sequence.keep(rows)
+
+    def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
+        """See `Engine.forward`. Raises `ValueError` for a branching tree on a model that can only verify chains."""
+        if len({rows.seq for rows in batch}) != len(batch):
+            raise ValueError("each sequence may appear once in a forward")
+        if self.verifies != "trees" and any(_branches(rows) for rows in batch):
+            raise ValueError(f"this engine verifies {self.verifies}: {'; '.join(map(str, self.refusals))}")
+        return [self.run(rows) for rows in batch]
+
+    @cached_property
+    def _tree_masks(self) -> TreeMasks:
+        assert self.model is not None
+        if not self._takes_positions:  # with few tokens the error can be too small to be seen
+            raise NotImplementedError("the model takes no position_ids, so the rows of a tree can't be placed by their depth")
+        return TreeMasks(self.model)
+
+    @torch.no_grad()
+    def run(self, rows: Rows) -> RowsOutput:
+        """The forward of one sequence's rows, whatever `verifies` says (the probe calls this)."""
+        assert self.model is not None
+        sequence, n = self._sequences[rows.seq], rows.count
+        sequence.keep(())
+        start, tree = sequence.length, rows.tree or DraftTree()
+        depths = tree.depths() if rows.tree is not None else list(range(n))
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([[*rows.tokens, *tree.tokens]], device=self._device)}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.tensor([depths], device=self._device) + start
+        if _branches(rows):
+            inputs["attention_mask"] = self._tree_masks(tree, start)
+
+        head = _HeadInput(last_only=rows.last_only)
+        hook = self._head.register_forward_pre_hook(head) if self._head is not None else None
+        try:
+            output = self.model(**inputs, past_key_values=sequence.cache, use_cache=True, return_dict=True)
+        finally:
+            if hook is not None:
+                hook.remove()
+        sequence.rows = n
+        logits = output.logits[0, -1:] if rows.last_only else output.logits[0]
+        hidden = head.value[0] if head.value is not None and head.value.shape[:2] == (1, n) else None
+        return RowsOutput(logits.argmax(-1).tolist(), logits, hidden)
+
+
+class _HeadInput:
+    """A forward pre-hook of the LM head: keeps its input in `value`, and with `last_only` lets only the last row through."""
+
+    def __init__(self, last_only: bool) -> None:
+        self.last_only = last_only
+        self.value: torch.Tensor | None = None
+
+    def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.value = args[0]
+        return (args[0][:, -1:], *args[1:]) if self.last_only and args[0].ndim == 3 else None
+
+
+def _branches(rows: Rows) -> bool:
+    return rows.tree is not None and not rows.tree.is_chain
+
+
+def _use_maskable_attention(model: PreTrainedModel) -> None:
+    """Set the clone to an attention that takes 4-D masks: the one it has if that is "sdpa" or "eager", else one of these."""
+    if model.config.get_text_config(decoder=True)._attn_implementation in ("sdpa", "eager"):
+        return
+    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+
+
+class TreeMasks:
+    """Makes the additive masks of draft trees for one model.
+
+    kinds: its kinds of attention layers. by_type: whether it takes a dict of masks, one for each kind (else there is one kind).
+    Raises `NotImplementedError` if the model has layers of another kind.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.config = model, model.config.get_text_config(decoder=True)
+        self.kinds, self.by_type = _layer_kinds(model)
+
+    def __call__(self, tree: DraftTree, past: int) -> torch.Tensor | dict[str, torch.Tensor]:
+        """Masks for the rows of `tree` behind `past` committed tokens: ``[1, 1, n, past + n]`` of the model's dtype (0 or its lowest).
+
+        A row sees the committed tokens, its ancestors and itself. Of those, at position ``p``, a layer with a sliding window sees
+        positions above ``p - window``, one with chunks those in the chunk of ``p``.
+        """
+        ancestors = torch.tensor([[mask >> row & 1 for row in range(len(tree) + 1)] for mask in tree.ancestor_masks()], dtype=torch.bool)
+        seen = torch.cat([torch.ones(len(tree) + 1, past, dtype=torch.bool), ancestors], dim=1)
+        query = torch.tensor(tree.depths())[:, None] + past
+        key = torch.cat([torch.arange(past), query[:, 0]])[None]
+        masks = {}
+        for kind in self.kinds:
+            visible = seen
+            if kind == SLIDING:
+                visible = seen & (key > query - self.config.sliding_window)
+            elif kind == CHUNKED:
+                visible = seen & (key // self.config.attention_chunk_size == query // self.config.attention_chunk_size)
+            mask = torch.zeros(visible.shape, dtype=self.model.dtype).masked_fill_(~visible, torch.finfo(self.model.dtype).min)
+            masks[kind] = mask[None, None].to(self.model.device)
+        return masks if self.by_type else masks[self.kinds[0]]
+
+
+def _layer_kinds(model: PreTrainedModel) -> tuple[list[str], bool]:
+    """See `TreeMasks`."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "is_heterogeneous", False):
+        raise NotImplementedError("the layers have configurations of their own (per_layer_config)")
+    for key, value in config.to_dict().items():
+        if _names_a_window(key, value) and not (key in _KNOWN_WINDOWS or key.endswith("_pattern")):
+            raise NotImplementedError(f"config.{key}={value} may limit attention in a way that tree masks don't know")
+    window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    listed = set(getattr(config, "layer_types", None) or ())
+    if unknown := listed - {FULL, SLIDING, CHUNKED}:
+        raise NotImplementedError(f"layers of type {', '.join(sorted(unknown))}")
+    sources = [_forward_source(cls) for cls in {type(module) for module in model.modules()}]
+    if any(re.search(r"isinstance\([^\n]*attention_mask, dict\)", source) for source in sources):
+        return sorted(listed | {FULL} | ({SLIDING} if window else set())), True
+    if len(listed) > 1:
+        raise NotImplementedError(f"layers of types {', '.join(sorted(listed))}, but the model takes one mask for all")
+    stored = any(_names_a_window(key, value) for module in model.modules() for key, value in vars(module).items())
+    for kind, size, maker in ((SLIDING, window, "create_sliding_window_causal_mask"), (CHUNKED, chunk, "create_chunked_causal_mask")):
+        if size and (stored or any(maker in source for source in sources)):
+            return [kind], False
+    return [FULL], False  # also where the config names a window that the model's code never asks for
+
+
+def _names_a_window(key: str, value: Any) -> bool:
+    return ("window" in key or "chunk" in key) and type(value) is int and value > 0
+
+
+def _forward_source(cls: type[torch.nn.Module]) -> str:
+    """The source of `forward`, to recognise transformers' idioms in: a model asks if its mask is a dict, or makes a windowed one."""
+    try:
+        return inspect.getsource(cls.forward)
+    except (OSError, TypeError):  # a class without source: it gets one mask, and the probe tells whether that is right
+        return ""

@@ -1,0 +1,220 @@
+"""The acceptance gate: a graph that exports is not a graph that is right.
+
+Before an engine serves, it is compared with the stock eager model, run without any cache on the tokens from the start to each row:
+
+* **single**: one row on an empty sequence (1 x 1);
+* **chains**: a prompt, a chain of drafts of which some are kept, a forward that is rolled back, single tokens;
+* **batch**: two sequences of unequal lengths in one ragged forward;
+* **trees**: a branching tree, a path with gaps committed (so keys and values are moved), another tree behind it.
+
+Sliding windows are shrunken to a few tokens on both sides, so that these short prompts cross them. No global random state is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from specfx.engines.base import Engine, Rows
+from specfx.errors import GateError
+from specfx.kernels.tree_attention import tree_attention_
+from specfx.passes.framework import calls, copy_module
+from specfx.runtime.tree import DraftTree
+
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest relative error of a row of logits (see `row_error`), by the model's dtype. Measured on SmolLM2-135M: rounding makes 3e-6,
+6e-3 and 4e-2 in float32, float16 and bfloat16; one cell of the mask too many makes 0.3 in its row, in any of them."""
+FAST_MATMUL_TOLERANCE = 2e-2
+"""The same for float32 models when torch was told to multiply in less (`torch.set_float32_matmul_precision`)."""
+PROBE_WINDOW = 4
+"""Tokens of sliding windows and attention chunks during the comparison."""
+PROMPT = 11
+PARENTS = ((-1, -1, 0, 1, 1, 4, 2, 5), (-1, 0, 0, -1, 3, 2))
+"""Two trees: on the first, the path of rows 0, 2, 5, 6, 8 is committed, and the second hangs behind it."""
+PATH = (0, 2, 5, 6, 8)
+_WINDOW_ARGUMENT = 11
+
+
+def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -> None:
+    """All comparisons that `engine.verifies` calls for. Raises `GateError` at the first difference; leaves no sequence behind.
+
+    stock: a clone of the user's model (its config is changed meanwhile). shrink_windows: False for an engine whose windows are fixed.
+    """
+    tokens = random_tokens(stock, PROMPT + 21)
+    windows = shrunken_windows(stock) if shrink_windows else _nothing()
+    with windows:
+        if engine.verifies != "nothing":
+            check_single(engine, stock, tokens)
+            check_chains(engine, stock, tokens)
+            check_batch(engine, stock, tokens)
+        if engine.verifies == "trees":
+            check_trees(engine, stock, tokens)
+
+
+def refuse_by_name(config: PreTrainedConfig) -> None:
+    """Raise `GateError` for what a comparison on few tokens can't find or would only find as an obscure failure."""
+    text = config.get_text_config(decoder=True)
+    if config.is_encoder_decoder:
+        raise GateError("encoder-decoder models are not supported")
+    layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    if recurrent := {kind for kind in layers if not kind.endswith("attention") or kind.startswith("linear")} - {"attention"}:
+        raise GateError(f"layers of type {', '.join(sorted(recurrent))} keep a state that can't be rolled back")
+    rope = getattr(text, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind, original = str(parameters.get("rope_type")), parameters.get("original_max_position_embeddings")
+        reach = getattr(text, "max_position_embeddings", None)
+        if "dynamic" in kind or (kind == "longrope" and not (original and reach and reach <= original)):
+            raise GateError(f"rope_type={kind!r} rotates all rows by the furthest position, so drafts would change the verified rows")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def windows_of(module: fx.GraphModule) -> list[int]:
+    """The sliding window of each attention of a rewritten graph, 0 for none."""
+    return [int(n.args[_WINDOW_ARGUMENT]) if len(n.args) > _WINDOW_ARGUMENT else 0 for n in calls(module, tree_attention_)]  # type: ignore[call-overload]
+
+
+def with_shrunken_windows(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a rewritten graph whose sliding windows are `PROBE_WINDOW` at most."""
+    module = copy_module(module)
+    for node, window in zip(calls(module, tree_attention_), windows_of(module), strict=True):
+        if window > PROBE_WINDOW:
+            node.update_arg(_WINDOW_ARGUMENT, PROBE_WINDOW)
+    module.recompile()
+    return module
+
+
+@contextmanager
+def shrunken_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Set `sliding_window` and `attention_chunk_size`, where the configs of this clone have them, to `PROBE_WINDOW`; then back."""
+    configs = {
+        id(module.config): module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
+    }
+    text = model.config.get_text_config(decoder=True)
+    saved = []
+    try:
+        for config in {**configs, id(text): text}.values():
+            for key in ("sliding_window", "attention_chunk_size"):
+                size = None if getattr(config, "is_heterogeneous", False) else getattr(config, key, None)
+                if type(size) is int and size > PROBE_WINDOW:
+                    saved.append((config, key, size))
+                    setattr(config, key, PROBE_WINDOW)
+        yield
+    finally:
+        for config, key, size in saved:
+            setattr(config, key, size)
+
+
+@contextmanager
+def sequences(engine: Engine, *seqs: int, capacity: int = 96) -> Iterator[None]:
+    """These sequences exist within the block, and are gone after it."""
+    try:
+        for seq in seqs:
+            engine.add(seq, capacity)
+        yield
+    finally:
+        for seq in seqs:
+            engine.remove(seq)
+
+
+def check_single(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """One row on an empty sequence."""
+    with sequences(engine, -1):
+        _compare(engine, stock, "one row", Rows(-1, tokens[:1]), [])
+
+
+def check_chains(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """Prefill, chains, rollbacks and single tokens, each row against the stock model."""
+    prompt, drafts = list(tokens[:PROMPT]), tokens[PROMPT:]
+    with sequences(engine, -1):
+        _compare(engine, stock, "prefill", Rows(-1, prompt, last_only=True), [])
+        engine.commit(-1, range(PROMPT))
+        _compare(engine, stock, "chain", Rows(-1, drafts[:1], DraftTree.chain(drafts[1:6])), prompt)
+        engine.commit(-1, (0, 1, 2))
+        kept = [*prompt, *drafts[:3]]
+        engine.forward([Rows(-1, drafts[8:9], DraftTree.chain(drafts[9:14]))])  # never committed
+        _compare(engine, stock, "chain after a rollback", Rows(-1, drafts[14:15], DraftTree.chain(drafts[15:18])), kept)
+        engine.commit(-1, (0,))
+        _compare(engine, stock, "single token", Rows(-1, drafts[18:19]), [*kept, drafts[14]])
+
+
+def check_batch(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """Two sequences of unequal lengths in one forward."""
+    befores = [list(tokens[:PROMPT]), list(tokens[PROMPT : PROMPT + 3])]
+    with sequences(engine, -1, -2):
+        engine.forward([Rows(-1, befores[0]), Rows(-2, befores[1])])
+        for seq, before in zip((-1, -2), befores, strict=True):
+            engine.commit(seq, range(len(before)))
+        batch = [Rows(-1, tokens[14:15], DraftTree.chain(tokens[15:17])), Rows(-2, tokens[17:18])]
+        for rows, output, before in zip(batch, engine.forward(batch), befores, strict=True):
+            _judge(stock, "batch", rows, output.logits, before)
+
+
+def check_trees(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """A tree, a committed path with gaps, a tree behind it, each row against the stock model."""
+    prompt, pending, drafts = list(tokens[:PROMPT]), tokens[PROMPT], list(tokens[PROMPT + 1 :])
+    first, second = (DraftTree(tuple(drafts[:8]), PARENTS[0], (1.0,) * 8), DraftTree(tuple(drafts[8:14]), PARENTS[1], (1.0,) * 6))
+    with sequences(engine, -1):
+        engine.forward([Rows(-1, prompt, last_only=True)])
+        engine.commit(-1, range(PROMPT))
+        _compare(engine, stock, "tree", Rows(-1, [pending], first), prompt)
+        engine.commit(-1, PATH[:-1])
+        path = [pending, *(first.tokens[row - 1] for row in PATH[1:-1])]
+        rows = Rows(-1, [first.tokens[PATH[-1] - 1]], second)
+        _compare(engine, stock, "tree after a path with gaps", rows, [*prompt, *path])
+
+
+def row_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """``[n]`` root mean square of the difference of rows ``[n, V]``, relative to the spread of `expected`; a row's constant is ignored."""
+    difference = actual.double() - expected.double()
+    return difference.std(-1, correction=0) / expected.double().std(-1, correction=0)
+
+
+def _compare(engine: Engine, stock: PreTrainedModel, what: str, rows: Rows, before: list[int]) -> None:
+    """Run `rows` behind the committed tokens `before` and compare each row with the stock model."""
+    _judge(stock, what, rows, engine.forward([rows])[0].logits, before)
+
+
+def _judge(stock: PreTrainedModel, what: str, rows: Rows, actual: torch.Tensor, before: list[int]) -> None:
+    tree = rows.tree or DraftTree()
+    parents = [*range(-1, len(rows.tokens) - 1), *(parent + len(rows.tokens) for parent in tree.parents)]
+    tokens = [*rows.tokens, *tree.tokens]
+    expected: dict[int, torch.Tensor] = {}
+    for leaf in sorted(set(range(len(tokens))) - set(parents)):
+        path = [leaf]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        logits = _stock_logits(stock, [*before, *(tokens[row] for row in path)])[-len(path) :]
+        expected.update(zip(path, logits, strict=True))
+    reference = torch.stack([expected[row] for row in ([len(tokens) - 1] if rows.last_only else range(len(tokens)))])
+    if actual.shape != reference.shape:
+        raise GateError(f"{what}: logits of shape {list(actual.shape)}, expected {list(reference.shape)}")
+    worst = row_error(actual, reference).max().item()
+    tolerance = TOLERANCES.get(stock.dtype, TOLERANCES[torch.bfloat16])
+    if stock.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        tolerance = FAST_MATMUL_TOLERANCE
+    if not worst <= tolerance:  # NaN fails too
+        raise GateError(f"{what}: logits differ from the stock model's by {worst:.1e} (relative), above {tolerance:.0e}")
+
+
+@torch.no_grad()
+def _stock_logits(model: PreTrainedModel, tokens: Sequence[int]) -> torch.Tensor:
+    """``[n, V]`` from one forward without a cache, as anyone would call it."""
+    return model(input_ids=torch.tensor([list(tokens)], device=model.device), use_cache=False, return_dict=True).logits[0]
+
+
+def random_tokens(model: PreTrainedModel, n: int) -> list[int]:
+    """`n` different ids, the same each time, without those that the config gives a meaning (padding, images)."""
+    config = model.config.get_text_config(decoder=True)
+    special = {
+        value for key, value in {**model.config.to_dict(), **config.to_dict()}.items() if key.endswith("_token_id") and type(value) is int
+    }
+    ids = torch.randint(config.vocab_size, (8 * n,), generator=torch.Generator().manual_seed(0)).tolist()
+    return [token for token in dict.fromkeys(ids) if token not in special][:n]
