@@ -44,7 +44,9 @@ def _evaluate(node: fx.Node, rows: int, cache: dict[fx.Node, Any]) -> Any:
     elif node.op == "call_function":
         if node.target in (aten.embedding.default, aten.linear.default, *_MATMUL):
             raise PassError("an attention mask is computed from the tokens")
-        value = node.target(*fx.map_arg(node.args, lambda n: _evaluate(n, rows, cache)), **fx.map_arg(node.kwargs, lambda n: _evaluate(n, rows, cache)))  # type: ignore[operator]
+        value = node.target(
+            *fx.map_arg(node.args, lambda n: _evaluate(n, rows, cache)), **fx.map_arg(node.kwargs, lambda n: _evaluate(n, rows, cache))
+        )  # type: ignore[operator]
     else:
         raise PassError(f"an attention mask holds a {node.op}")
     cache[node] = value

@@ -87,9 +87,7 @@ def _ops(module: fx.GraphModule) -> Counter[str]:
     return Counter(f"{n.op}" if n.op != "call_function" else str(n.target) for n in module.graph.nodes)
 
 
-def run_passes(
-    module: fx.GraphModule, passes: Sequence[Pass], context: PassContext, disabled: Sequence[str] = ()
-) -> PipelineResult:
+def run_passes(module: fx.GraphModule, passes: Sequence[Pass], context: PassContext, disabled: Sequence[str] = ()) -> PipelineResult:
     """Run `passes` in order. `module` itself is not changed. Raises `PassError` only for a wrong name in `disabled`."""
     unknown = sorted(set(disabled) - {p.name for p in passes})
     if unknown:
@@ -169,7 +167,9 @@ def add_placeholder(module: fx.GraphModule, name: str, value: torch.Tensor) -> f
     return node
 
 
-def fake_input(module: fx.GraphModule, shape: Sequence[int | torch.SymInt | None], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def fake_input(
+    module: fx.GraphModule, shape: Sequence[int | torch.SymInt | None], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """A fake tensor of the graph's own mode; a size of None becomes a new dynamic size."""
     mode = fake_mode_of(module)
     with mode:

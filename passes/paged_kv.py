@@ -42,7 +42,9 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
             pools.append(add_placeholder(module, f"{name}_pages_{i}", fake_input(module, shape, value.dtype, device)))
         before = set(module.graph.nodes)
         with module.graph.inserting_before(marker):
-            rows = [insert_call(module.graph, aten.select.int, insert_call(module.graph, aten.transpose.int, x, 1, 2), 0, 0) for x in (q, k, v)]
+            rows = [
+                insert_call(module.graph, aten.select.int, insert_call(module.graph, aten.transpose.int, x, 1, 2), 0, 0) for x in (q, k, v)
+            ]
             out = insert_call(module.graph, tree_attention_, *rows, None, *metadata, *pools, *constants)
             result = insert_call(module.graph, aten.unsqueeze.default, out, 0)
         for node in module.graph.nodes:

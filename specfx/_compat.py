@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
 _fresh = itertools.count()
 
@@ -26,10 +31,25 @@ def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> t
     return size
 
 
+def _sources_hash() -> str:
+    """Of everything that decides what an artifact does and that Inductor does not know."""
+    root = Path(__file__).parent
+    folders = [Path(p) / name for p in __import__("specfx").__path__ for name in ("passes", "kernels")]
+    files = sorted(f for folder in folders for pattern in ("*.py", "cpu/*.cpp") for f in folder.glob(pattern))
+    return hashlib.sha256(b"".join(f.read_bytes() for f in [*files, root / "_compat.py"])).hexdigest()
+
+
+class _SourcesKey(CustomGraphPass):
+    """A pass that does nothing but put a hash of specfx's sources into Inductor's cache key, which knows neither ops nor kernels."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        pass
+
+    def uuid(self) -> str:
+        return _sources_hash()
+
+
 def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Lower a graph module with mutable inputs through AOTAutograd and Inductor (`compile_fx`, read in 2.13)."""
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    with torch.no_grad(), config.patch(options):
+    with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
         return compile_fx(module, list(example_inputs))

@@ -50,7 +50,12 @@ def speculate(model: PreTrainedModel, method: str | None = None, **options: Any)
     drafter = _make_drafter(method, common, own, model)
     previous = _wrapper_of(model)
     prepared = None
-    if previous is not None and previous.prepared is not None and _same_engine(previous.common, common) and previous.prepared.is_current(model):
+    if (
+        previous is not None
+        and previous.prepared is not None
+        and _same_engine(previous.common, common)
+        and previous.prepared.is_current(model)
+    ):
         prepared = previous.prepared
     wrapper = SpeculativeGenerate(model, method, options, common, drafter, prepared or Prepared(model, common))
     model.__dict__["generate"] = wrapper

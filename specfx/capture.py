@@ -115,36 +115,51 @@ class _Forward(nn.Module):
 def capture(model: PreTrainedModel, example_rows: int = 7) -> fx.GraphModule:
     """The model as one FX graph of aten ops and attention markers; weights are attributes that share the model's storage.
 
-    Placeholders ``input_ids``, ``position_ids`` (int64 ``[1, T]``, T dynamic); output ``(logits, hidden)``.
-    Raises `CaptureError` with the cause.
+    Models that never ask the attention interface come out with attention written out in aten ops and masks of their own making; the
+    canonicalise pass recognises those. Placeholders ``input_ids``, ``position_ids`` (int64 ``[1, T]``, T dynamic); output
+    ``(logits, hidden)``. Raises `CaptureError` with the cause.
     """
     if model.config.is_encoder_decoder:
         raise CaptureError("encoder-decoder models are not captured")
+    AttentionInterface.register(MARKER, _marker_attention)
+    try:
+        return _export(model, MARKER, example_rows)
+    except CaptureError as marked:
+        try:
+            return _export(model, "eager", example_rows)
+        except CaptureError as e:
+            raise CaptureError(f"{marked}; with attention written out: {e}") from e
+
+
+def _export(model: PreTrainedModel, attention_implementation: str, example_rows: int) -> fx.GraphModule:
     clone = clone_sharing_storage(model)
     if clone.get_output_embeddings() is None:
         raise CaptureError(f"{type(model).__name__} has no output embeddings")
-    AttentionInterface.register(MARKER, _marker_attention)
     for config in _configs(clone.config):
-        config._attn_implementation = MARKER
+        config._attn_implementation = attention_implementation
         if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
             config._experts_implementation = "batched_mm"
-    ids = torch.arange(example_rows, device=model.device)[None] % model.config.get_text_config().vocab_size
+    example = torch.arange(example_rows, device=model.device)[None]
     rows = torch.export.Dim("rows", min=1, max=1 << 20)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.export.export(
                 _Forward(clone),
-                (ids, torch.arange(example_rows, device=model.device)[None]),
+                (example % model.config.get_text_config().vocab_size, example),
                 dynamic_shapes={"input_ids": {1: rows}, "position_ids": {1: rows}},
                 strict=False,
             )
+            if attention_implementation != MARKER:  # written-out attention may work in place
+                program = program.run_decompositions({})
     except CaptureError:
         raise
     except Exception as e:  # torch.export raises many kinds; all mean the same here
         raise CaptureError(f"{type(model).__name__}: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}") from e
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    if attention_implementation == MARKER and not module.graph.find_nodes(op="call_function", target=attention):
+        raise CaptureError(f"{type(model).__name__} does not ask transformers' attention interface")
     module.graph.set_codegen(fx.graph.CodeGen())
     module.recompile()
     return module

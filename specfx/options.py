@@ -90,7 +90,12 @@ class MtpOptions:
 
     def __post_init__(self) -> None:
         _check(self.head is not None, "head", self.head, "give the path of a trained head (see examples/train_mtp_head.py)")
-        _check(type(self.num_steps) is int and 1 <= self.num_steps < MAX_ROWS, "num_steps", self.num_steps, f"must be an int in 1..{MAX_ROWS - 1}")
+        _check(
+            type(self.num_steps) is int and 1 <= self.num_steps < MAX_ROWS,
+            "num_steps",
+            self.num_steps,
+            f"must be an int in 1..{MAX_ROWS - 1}",
+        )
 
 
 METHODS: dict[str | None, type] = {None: NoneOptions, "suffix": SuffixOptions, "mtp": MtpOptions}

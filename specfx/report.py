@@ -40,7 +40,11 @@ class Report:
             lines.append(f"KV pool: {self.pages} pages of {self.page_size} tokens, {self.pages_in_use} in use")
         if self.packed_bytes:
             lines.append(f"packed copy of the weights: {self.packed_bytes / 2**20:.0f} MiB")
-        sections = [("passes", self.passes), ("refusals", self.refusals), ("calls served by stock generate", sorted(self.stock_calls.items()))]
+        sections = [
+            ("passes", self.passes),
+            ("refusals", self.refusals),
+            ("calls served by stock generate", sorted(self.stock_calls.items())),
+        ]
         for title, entries in sections:
             if entries:
                 lines.append(f"{title}:")

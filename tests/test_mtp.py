@@ -401,7 +401,7 @@ def test_training_sees_what_drafting_sees(target, script):
     nothing = torch.zeros(0)
     drafted = script.chains(head, script.Batch(ids, hidden, nothing, nothing, nothing, nothing, nothing, nothing))
     assert len(drafted) == script.STEPS == 3
-    for base in range(size - script.STEPS):
+    for base in range(size - script.STEPS - 1):
         kv = HeadKV()
         g = head(ids[:, 1 : base + 2], hidden[:, : base + 1], kv)[:, -1:]
         for k in range(1, script.STEPS + 1):

@@ -195,4 +195,3 @@ def kv_pool(engine: Engine) -> tuple[int, int, int]:
     if not isinstance(engine, PagedEngine):
         return 0, 0, 0
     return engine.pool.pages, engine.pool.pages_in_use, engine.pool.page_size
-

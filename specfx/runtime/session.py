@@ -133,8 +133,10 @@ class Runtime:
         if not active:
             return []
         with self.stats.timed("draft"):
-            budgets = [min(self.max_nodes, s.remaining - 1) if self.engine.verifies != "nothing" else 0 for s in active]
+            budgets = [min(self.max_nodes, s.remaining - 1) for s in active]
             trees = self.drafter.propose([s.id for s in active], budgets)
+            if self.engine.verifies != "trees":
+                trees = [tree.best_chain() for tree in trees]
         with self.stats.timed("forward"):
             outputs = self.engine.forward([Rows(s.id, s.tokens[-1:], tree) for s, tree in zip(active, trees, strict=True)])
         self.stats.forwards += 1

@@ -55,6 +55,20 @@ class DraftTree:
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self) - 1))
 
+    def best_chain(self) -> DraftTree:
+        """The path from the root to the leaf that is most probable, the longest among equals."""
+        if self.is_chain:
+            return self
+        leaves = set(range(len(self))) - set(self.parents)
+        depths = self.depths()
+        node = max(leaves, key=lambda i: (self.probs[i], depths[i + 1]))
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        path.reverse()
+        return DraftTree.chain([self.tokens[i] for i in path], [self.probs[i] for i in path])
+
     def truncated(self, n: int) -> DraftTree:
         """The first `n` nodes (a tree again, since parents come first)."""
         return self if n >= len(self) else DraftTree(self.tokens[:n], self.parents[:n], self.probs[:n])
