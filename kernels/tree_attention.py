@@ -59,9 +59,10 @@ def tree_attention_reference(
 ) -> Tensor:
     """The specification; see the module's table. Returns ``[T, Hq, Dv]``."""
     page_size = k_pages.shape[1]
-    flat_k, flat_v = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
-    source, target = moves[:, moves[0] >= 0]
-    flat_k[target], flat_v[target] = flat_k[source], flat_v[source]
+    flat_k, flat_v = (pages.view(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))  # never a copy
+    for source, target in moves.t().tolist():
+        if source >= 0:
+            flat_k[target], flat_v[target] = flat_k[source], flat_v[source]
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     starts = row_starts.tolist()
     for s, length in enumerate(lengths.tolist()):

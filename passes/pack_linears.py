@@ -63,7 +63,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
         # The input of the group is computed before its first member, and so are the weights (attributes of the graph).
         with module.graph.inserting_before(nodes[0]):
             attribute = module.graph.get_attr(name)
-            attribute.meta["val"] = x.meta["val"].fake_mode.from_tensor(weight)
+            attribute.meta["val"] = x.meta["val"].fake_mode.from_tensor(weight, static_shapes=True)
             biases = [module.graph.node_copy(n.args[2]) for n in nodes] if biased else []  # type: ignore[arg-type]
             bias = None if not biases else biases[0] if len(biases) == 1 else insert_call(module.graph, aten.cat.default, biases)
             new = [insert_call(module.graph, packed_linear, x, attribute, bias, sum(widths))]

@@ -1,6 +1,11 @@
 """specfx: speculative decoding for Hugging Face models as a graph rewrite. Same tokens, fewer forwards."""
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+if _TYPE_CHECKING:
+    from specfx.api import explain, restore, speculate, speculating, stats
+    from specfx.errors import SpecfxError
 
 _here = _Path(__file__).parent
 if not (_here / "kernels").is_dir():

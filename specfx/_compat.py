@@ -14,6 +14,8 @@ from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+import specfx
+
 _fresh = itertools.count()
 
 
@@ -34,7 +36,7 @@ def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> t
 def _sources_hash() -> str:
     """Of everything that decides what an artifact does and that Inductor does not know."""
     root = Path(__file__).parent
-    folders = [Path(p) / name for p in __import__("specfx").__path__ for name in ("passes", "kernels")]
+    folders = [Path(p) / name for p in specfx.__path__ for name in ("passes", "kernels")]
     files = sorted(f for folder in folders for pattern in ("*.py", "cpu/*.cpp") for f in folder.glob(pattern))
     return hashlib.sha256(b"".join(f.read_bytes() for f in [*files, root / "_compat.py"])).hexdigest()
 
@@ -52,4 +54,5 @@ class _SourcesKey(CustomGraphPass):
 def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Lower a graph module with mutable inputs through AOTAutograd and Inductor (`compile_fx`, read in 2.13)."""
     with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
-        return compile_fx(module, list(example_inputs))
+        compiled: Any = compile_fx(module, list(example_inputs))
+    return compiled

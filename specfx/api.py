@@ -156,7 +156,7 @@ class SpeculativeGenerate:
         return _rebuild, (self.model, self.method, self.options)
 
     def ready(self) -> Prepared:
-        """The engines, prepared now if need be: after a copy, or when the weights have been moved or replaced."""
+        """The engines (and the drafter), prepared now if need be: after a copy, or when the weights have been moved or replaced."""
         with self.lock:
             if self.prepared is None or not self.prepared.is_current(self.model):
                 if self.prepared is not None:
@@ -182,6 +182,7 @@ class SpeculativeGenerate:
         kwargs = _bind_stop_strings(model, args, kwargs)
         with self.lock:
             prepared = self.ready()
+            assert self.drafter is not None
             call = CallStats()
             decode = functools.partial(
                 speculative_decode,

@@ -77,6 +77,8 @@ struct Batch {
 };
 
 Batch view(const std::optional<Tensor>& mask, const Tensor& table, const Tensor& lengths, const Tensor& starts) {
+  for (const Tensor& x : {mask.value_or(Tensor()), table, lengths, starts})
+    TORCH_CHECK(!x.defined() || x.is_contiguous(), "specfx: tree_mask, page_table, lengths and row_starts must be contiguous");
   return {mask.has_value() ? mask->const_data_ptr<int64_t>() : nullptr, table.defined() ? table.const_data_ptr<int32_t>() : nullptr,
           lengths.const_data_ptr<int32_t>(), starts.const_data_ptr<int32_t>(), lengths.size(0), table.defined() ? table.size(1) : 0};
 }
@@ -204,8 +206,10 @@ Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& v_, con
                        const Tensor& lengths, const Tensor& row_starts, const Tensor& moves, Tensor k_pages, Tensor v_pages, double scale,
                        int64_t window, double softcap, const std::optional<Tensor>& sinks) {
   TORCH_CHECK(k_pages.is_contiguous() && v_pages.is_contiguous() && moves.is_contiguous(), "specfx::tree_attention_: pools and moves must be contiguous");
-  TORCH_CHECK(q_.scalar_type() == k_pages.scalar_type() && q_.scalar_type() == v_pages.scalar_type(),
-              "specfx::tree_attention_: q is ", q_.scalar_type(), ", the pools ", k_pages.scalar_type());
+  for (const Tensor& x : {k_, v_, k_pages, v_pages})
+    TORCH_CHECK(x.scalar_type() == q_.scalar_type(), "specfx::tree_attention_: q is ", q_.scalar_type(), ", k, v or a pool is ", x.scalar_type());
+  TORCH_CHECK(k_.sizes().slice(1) == k_pages.sizes().slice(2) && v_.sizes().slice(1) == v_pages.sizes().slice(2),
+              "specfx::tree_attention_: rows of k ", k_.sizes(), " and v ", v_.sizes(), " don't fit the pools ", k_pages.sizes(), ", ", v_pages.sizes());
   const Tensor q = q_.contiguous(), k = k_.contiguous(), v = v_.contiguous();
   const Batch b = view(tree_mask, page_table, lengths, row_starts);
   append(k, k_pages, b, moves);
@@ -252,7 +256,10 @@ Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::optional
   const Tensor x = x_.contiguous();
   const int64_t k = x.size(-1), m = x.numel() / k, row_blocks = packed.size(1), column_blocks = packed.size(0);
   TORCH_CHECK(row_blocks * 32 == k, "specfx::packed_linear: the weight takes ", row_blocks * 32, " inputs, x has ", k);
-  TORCH_CHECK(x.scalar_type() == at::kBFloat16, "specfx::packed_linear: x must be bfloat16, is ", x.scalar_type());
+  TORCH_CHECK(x.scalar_type() == at::kBFloat16 && packed.scalar_type() == at::kBFloat16, "specfx::packed_linear: x and the weight must be bfloat16, are ",
+              x.scalar_type(), " and ", packed.scalar_type());
+  TORCH_CHECK(packed.is_contiguous() && n > (column_blocks - 1) * 32 && n <= column_blocks * 32, "specfx::packed_linear: the weight ", packed.sizes(),
+              " is not contiguous or does not hold ", n, " columns");
   auto shape = x.sizes().vec();
   shape.back() = n;
   Tensor out = at::empty(shape, x.options());

@@ -21,6 +21,9 @@ from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.pack_linears import repack
 from specfx.passes.pipeline import LOWERING
 
+_INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
+"""Inputs are bound by `PagedEngine` alone; checking each of several hundred at every call costs a tenth of a small model's step."""
+
 
 class CompiledEngine(PagedEngine):
     """`PagedEngine` over an Inductor artifact. records: what the lowering passes did.
@@ -35,7 +38,7 @@ class CompiledEngine(PagedEngine):
         self.records: tuple[PassRecord, ...] = lowered.records
         examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
         try:
-            call: Any = _compat.inductor_compile(lowered.module, examples, {})
+            call: Any = _compat.inductor_compile(lowered.module, examples, _INDUCTOR)
         except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
             raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
         super().__init__("compiled", lowered.module, call, pool_size, device)

@@ -1,9 +1,9 @@
 """The engine over a rewritten graph: packs ragged rows into the graph's flat inputs, and unpacks what it returns.
 
-`PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"),
-or the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs are bound by the names of the graph's
-placeholders, so passes may be switched off: without the tree mask the engine verifies chains, without the epilogue it selects
-logits itself.
+`PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"), or
+the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs
+are bound by the names of the graph's placeholders, so passes may be switched off: without the tree mask the engine verifies chains,
+without the epilogue it selects logits itself.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ class KVPool:
         if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < sequence.fresh):
             raise ValueError(f"rows {rows} are not an ascending path among the {sequence.fresh} rows of the last forward of {seq}")
         start = sequence.length
-        sequence.moves = [(self._slot(sequence, start + row), self._slot(sequence, start + i)) for i, row in enumerate(rows) if row != i]
+        sequence.moves += [(self._slot(sequence, start + row), self._slot(sequence, start + i)) for i, row in enumerate(rows) if row != i]
         sequence.length, sequence.fresh = start + len(rows), 0
 
     def _slot(self, sequence: _Sequence, position: int) -> int:
