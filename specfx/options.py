@@ -28,13 +28,14 @@ class CommonOptions:
 
     engine: which engine to use; "auto" takes the fastest that is proven right. compile: "background" serves from the graph engine
     until the artifact is ready, "sync" waits in `speculate`, "off" never compiles. num_speculative_tokens: most nodes of a draft
-    tree, ``1 .. 63``. kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float
-    in (0, 1) (fraction of free memory). page_size: tokens a page. disable_passes: names of passes to leave out.
+    tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows). kv_pool: size of the KV page pool: "auto" (from the prompt
+    and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of free memory). page_size: tokens a page. disable_passes:
+    names of passes to leave out.
     """
 
     engine: str = "auto"
     compile: str = "background"
-    num_speculative_tokens: int = 16
+    num_speculative_tokens: int = 15
     kv_pool: str | int | float = "auto"
     page_size: int = 64
     disable_passes: tuple[str, ...] = ()
@@ -42,6 +43,8 @@ class CommonOptions:
     def __post_init__(self) -> None:
         _check(self.engine in ENGINES, "engine", self.engine, f"must be one of {', '.join(ENGINES)}")
         _check(self.compile in COMPILE_MODES, "compile", self.compile, f"must be one of {', '.join(COMPILE_MODES)}")
+        contradiction = self.engine == "compiled" and self.compile == "off"
+        _check(not contradiction, "compile", self.compile, 'engine="compiled" needs compile="sync" or "background"')
         n = self.num_speculative_tokens
         _check(isinstance(n, int) and 1 <= n < MAX_ROWS, "num_speculative_tokens", n, f"must be an int in 1..{MAX_ROWS - 1}")
         pool = self.kv_pool
