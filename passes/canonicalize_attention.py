@@ -21,8 +21,10 @@ aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _MATMUL = (aten.matmul.default, aten.bmm.default)
+_WHERE = (aten.where.self, aten.where.ScalarOther)
 _TRANSPARENT = (aten.to.dtype, aten._to_copy.default, aten.dropout.default, aten.clone.default, aten.contiguous.default)
-_LENGTHS = (1, 5, 18)
+_LENGTHS = (1, 5, 18, 1100)
+"""Rows at which masks are evaluated; the last shows windows that are written out."""
 _HIDDEN = -1e4
 
 
@@ -31,12 +33,9 @@ def _evaluate(node: fx.Node, rows: int, cache: dict[fx.Node, Any]) -> Any:
     if node in cache:
         return cache[node]
     if node.op == "placeholder":
-        if node.target == "position_ids":
-            value: Any = torch.arange(rows)[None]
-        elif isinstance(node.meta.get("val"), torch.Tensor):
-            value = torch.zeros([rows if isinstance(s, torch.SymInt) else s for s in node.meta["val"].shape], dtype=node.meta["val"].dtype)
-        else:
-            raise PassError(f"an attention mask depends on the input {node.target}")
+        if node.target != "position_ids":
+            raise PassError(f"an attention mask depends on the values of {node.target}")
+        value: Any = torch.arange(rows, device=node.meta["val"].device)[None]
     elif node.op == "get_attr":
         value = node.graph.owning_module
         for part in str(node.target).split("."):
@@ -44,9 +43,12 @@ def _evaluate(node: fx.Node, rows: int, cache: dict[fx.Node, Any]) -> Any:
     elif node.op == "call_function":
         if node.target in (aten.embedding.default, aten.linear.default, *_MATMUL):
             raise PassError("an attention mask is computed from the tokens")
-        value = node.target(
-            *fx.map_arg(node.args, lambda n: _evaluate(n, rows, cache)), **fx.map_arg(node.kwargs, lambda n: _evaluate(n, rows, cache))
-        )  # type: ignore[operator]
+        if node.target == aten.sym_size.int and node.args[0].op == "placeholder":  # only the number of rows varies
+            value = rows if isinstance(node.meta["val"], torch.SymInt) else node.meta["val"]
+        else:
+            value = node.target(
+                *fx.map_arg(node.args, lambda n: _evaluate(n, rows, cache)), **fx.map_arg(node.kwargs, lambda n: _evaluate(n, rows, cache))
+            )  # type: ignore[operator]
     else:
         raise PassError(f"an attention mask holds a {node.op}")
     cache[node] = value
@@ -64,9 +66,14 @@ def _require_causal(mask: fx.Node, keep_is_true: bool) -> None:
             visible = value == 0
         else:
             visible = value.bool() if keep_is_true else ~value.bool()
-        causal = torch.ones(rows, rows, dtype=torch.bool).tril()
+        causal = torch.ones(rows, rows, dtype=torch.bool, device=value.device).tril()
         if visible.shape[-2:] != causal.shape or not bool((visible == causal).all()):
             raise PassError(f"an attention mask is not the causal one (checked at length {rows})")
+
+
+def _hides(fill: Any) -> bool:
+    """Whether `fill`, a number or a node, takes all probability from what it replaces."""
+    return bool((torch.as_tensor(_evaluate(fill, 1, {}) if isinstance(fill, fx.Node) else fill) <= _HIDDEN).all())
 
 
 def _replace(module: fx.GraphModule, old: fx.Node, q: fx.Node, k: fx.Node, v: fx.Node, scale: float) -> None:
@@ -95,6 +102,8 @@ def _rewrite_sdpa(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _skip(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in _TRANSPARENT:
+        if node.target == aten.dropout.default and node.args[2]:
+            raise PassError("attention drops out: the model is in training mode")
         node = node.args[0]
     return node
 
@@ -104,6 +113,8 @@ def _rewrite_written_out(module: fx.GraphModule, output: fx.Node) -> bool:
     probs = _skip(output.args[0])
     if not (isinstance(probs, fx.Node) and probs.target in _SOFTMAX):
         return False
+    if probs.args[1] not in (-1, probs.meta["val"].dim() - 1):
+        raise PassError("attention whose softmax is not over its last dimension is not known")
     scores, scale, masked = _skip(probs.args[0]), 1.0, False
     while isinstance(scores, fx.Node) and scores.target not in _MATMUL:
         target, args = scores.target, scores.args
@@ -117,7 +128,7 @@ def _rewrite_written_out(module: fx.GraphModule, output: fx.Node) -> bool:
         elif target == aten.masked_fill.Scalar and isinstance(args[1], fx.Node) and args[2] <= _HIDDEN and not masked:  # type: ignore[operator]
             _require_causal(args[1], keep_is_true=False)
             masked = True
-        elif target == aten.where.self and isinstance(args[0], fx.Node) and not masked:
+        elif target in _WHERE and isinstance(args[0], fx.Node) and _hides(args[2]) and not masked:
             _require_causal(args[0], keep_is_true=True)
             masked, scores = True, _skip(args[1])
             continue

@@ -37,7 +37,7 @@ def _sources_hash() -> str:
     """Of everything that decides what an artifact does and that Inductor does not know."""
     root = Path(__file__).parent
     folders = [Path(p) / name for p in specfx.__path__ for name in ("passes", "kernels")]
-    files = sorted(f for folder in folders for pattern in ("*.py", "cpu/*.cpp") for f in folder.glob(pattern))
+    files = sorted(f for folder in folders for pattern in ("*.py", "cpu/*") for f in folder.glob(pattern))
     return hashlib.sha256(b"".join(f.read_bytes() for f in [*files, root / "_compat.py"])).hexdigest()
 
 

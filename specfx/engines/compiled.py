@@ -22,7 +22,8 @@ from specfx.passes.pack_linears import repack
 from specfx.passes.pipeline import LOWERING
 
 _INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
-"""Inputs are bound by `PagedEngine` alone; checking each of several hundred at every call costs a tenth of a small model's step."""
+"""Inputs are bound by `PagedEngine` alone; checking each of several hundred at every call costs a tenth of a small model's step.
+(The number of threads goes in by name too: kernels are generated for it, and Inductor's cache key does not hold it otherwise.)"""
 
 
 class CompiledEngine(PagedEngine):
@@ -38,7 +39,7 @@ class CompiledEngine(PagedEngine):
         self.records: tuple[PassRecord, ...] = lowered.records
         examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
         try:
-            call: Any = _compat.inductor_compile(lowered.module, examples, _INDUCTOR)
+            call: Any = _compat.inductor_compile(lowered.module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads()})
         except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
             raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
         super().__init__("compiled", lowered.module, call, pool_size, device)

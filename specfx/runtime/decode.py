@@ -8,6 +8,7 @@ the stock `_sample` with the reason recorded.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -86,7 +87,22 @@ def stock_reason(
             return f"{', '.join(other)} may look across the rows of a batch"
         if streamer is not None:
             return "a streamer over a batch"
+        ending = [type(c).__name__ for c in criteria if isinstance(c, (MaxTimeCriteria, StopStringCriteria))]
+        if ending and not any(isinstance(c, EosTokenCriteria) for c in criteria):  # then stock's rows go on until all have ended
+            return f"{', '.join(ending)} over a batch without an end token"
     return None
+
+
+def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
+    """The processors for one row of the batch; None if there are none. The repetition penalty holds the padding of every row."""
+    own = LogitsProcessorList()
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        if isinstance(ignored, Tensor) and len(ignored) > 1:
+            processor = copy.copy(processor)
+            processor.prompt_ignore_length = ignored[row : row + 1]
+        own.append(processor)
+    return own or None
 
 
 class _Stop:
@@ -154,9 +170,9 @@ def speculative_decode(
     runtime = Runtime(engine, drafter, max_nodes, stats)
     generated: dict[int, list[int]] = {}
     try:
-        for row, pad in zip(rows, pads, strict=True):
+        for i, (row, pad) in enumerate(zip(rows, pads, strict=True)):
             stop = _Stop(row, stopping_criteria, input_ids.device)
-            first = runtime.add(row[pad:], limit - len(row), stop, logits_processor if len(logits_processor) else None, row)
+            first = runtime.add(row[pad:], limit - len(row), stop, _of_row(logits_processor, i), row)
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)
         while runtime.sequences:

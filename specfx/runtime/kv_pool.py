@@ -95,12 +95,14 @@ class KVPool:
         missing = (target - self.pages) * self.page_bytes
         if missing > free_memory(self.device):
             raise KVPoolError(f"the KV pool needs {missing >> 20} MiB more on {self.device}, {free_memory(self.device) >> 20} MiB are free")
-        grown = []
-        for pool in self.pools:
-            new = torch.zeros(target, *pool.shape[1:], dtype=pool.dtype, device=self.device)
-            new[: self.pages] = pool
-            grown.append(new)
-        self.pools = grown
+        try:
+            for i in range(len(self.pools)):  # one by one: two copies of all pools may not fit
+                new = torch.zeros(target, *self.pools[i].shape[1:], dtype=self.pools[i].dtype, device=self.device)
+                new[: self.pages] = self.pools[i]
+                self.pools[i] = new
+        except RuntimeError as e:
+            self.pools = [pool[: self.pages] for pool in self.pools]
+            raise KVPoolError(f"the KV pool can't grow to {target} pages of {self.page_bytes} bytes on {self.device}: {e}") from e
         self._free.extend(reversed(range(self.pages, target)))
         self.pages = target
 

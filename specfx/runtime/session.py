@@ -55,10 +55,11 @@ class Committed:
 
 
 class _Choices:
-    """The target's choice after each row, made when asked for: a processor sees exactly the prefix that plain decoding would show it."""
+    """The target's choice after each row of a walk, made when asked for: by then the tokens up to the row are committed, so a processor
+    sees exactly the prefixes that plain decoding would show it, and none behind the end."""
 
-    def __init__(self, sequence: SequenceState, tree: DraftTree, output: RowsOutput) -> None:
-        self.sequence, self.tree, self.output = sequence, tree, output
+    def __init__(self, sequence: SequenceState, output: RowsOutput) -> None:
+        self.sequence, self.output = sequence, output
         self.made: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -66,18 +67,14 @@ class _Choices:
 
     def __getitem__(self, row: int) -> int:
         if row not in self.made:
-            path, node = [], row - 1
-            while node >= 0:
-                path.append(self.tree.tokens[node])
-                node = self.tree.parents[node]
-            self.made[row] = choose(self.sequence, path[::-1], self.output.logits[row])
+            self.made[row] = choose(self.sequence, self.output.logits[row])
         return self.made[row]
 
 
-def choose(sequence: SequenceState, path: list[int], logits: Tensor) -> int:
-    """The greedy token after the sequence's tokens and `path`, through its processor. logits: ``[V]``."""
+def choose(sequence: SequenceState, logits: Tensor) -> int:
+    """The greedy token after the sequence's tokens, through its processor. logits: ``[V]``."""
     assert sequence.processor is not None
-    prefix = torch.tensor([sequence.seen + path], device=logits.device)
+    prefix = torch.tensor([sequence.seen], device=logits.device)
     return int(sequence.processor(prefix, logits[None].float()).argmax(-1))
 
 
@@ -109,10 +106,10 @@ class Runtime:
             self.sequences[seq] = sequence
             with self.stats.timed("prefill"):
                 output, hidden = self._prefill(seq, prompt)
-            token = output.argmax[-1] if processor is None else choose(sequence, [], output.logits[-1])
+            token = output.argmax[-1] if processor is None else choose(sequence, output.logits[-1])
             self.stats.prefills += 1
             self.stats.prompt_tokens += len(prompt)
-            return self._commit(sequence, [token], hidden)
+            return self._committed(sequence, [token], hidden, self._append(sequence, token))
         except BaseException:
             self.remove(seq)
             raise
@@ -143,27 +140,32 @@ class Runtime:
         committed = []
         for sequence, tree, output in zip(active, trees, outputs, strict=True):
             with self.stats.timed("accept"):
-                choices: Sequence[int] = output.argmax if sequence.processor is None else _Choices(sequence, tree, output)  # type: ignore[assignment]
-                rows = tree.walk(choices)
-                tokens = [choices[row] for row in rows]
+                choices: Sequence[int] = output.argmax if sequence.processor is None else _Choices(sequence, output)  # type: ignore[assignment]
+                rows: list[int] = []
+                tokens: list[int] = []
+                finished = False
+                for row in tree.visit(choices):
+                    rows.append(row)
+                    tokens.append(choices[row])
+                    if finished := self._append(sequence, tokens[-1]):
+                        break
                 self.engine.commit(sequence.id, rows)
                 self.stats.steps += 1
                 if len(tree):
                     self.stats.count_draft(max(tree.depths()), len(rows) - 1, len(tree))
                 hidden = output.hidden[rows] if self.drafter.needs_hidden and output.hidden is not None else None
-            committed.append(self._commit(sequence, tokens, hidden))
+            committed.append(self._committed(sequence, tokens, hidden, finished))
         return committed
 
-    def _commit(self, sequence: SequenceState, tokens: list[int], hidden: Tensor | None) -> Committed:
-        """Append `tokens` up to the one that ends the sequence."""
-        finished = False
-        for i, token in enumerate(tokens):
-            sequence.tokens.append(token)
-            sequence.seen.append(token)
-            sequence.remaining -= 1
-            if sequence.stop(token) or sequence.remaining <= 0:
-                tokens, finished = tokens[: i + 1], True
-                break
+    def _append(self, sequence: SequenceState, token: int) -> bool:
+        """Commit one token; whether it ends the sequence."""
+        sequence.tokens.append(token)
+        sequence.seen.append(token)
+        sequence.remaining -= 1
+        return sequence.stop(token) or sequence.remaining <= 0
+
+    def _committed(self, sequence: SequenceState, tokens: list[int], hidden: Tensor | None, finished: bool) -> Committed:
+        """Tell the drafter, or free the sequence that has ended."""
         self.stats.tokens += len(tokens)
         if finished:
             self.remove(sequence.id)

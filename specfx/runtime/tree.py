@@ -10,7 +10,7 @@ SpecInfer, 2023), and its position is the pending token's position plus its dept
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_ROWS = 64
@@ -93,11 +93,15 @@ class DraftTree:
         Starts at row 0 and goes to the child that holds the target's choice for as long as there is one. The tokens committed
         are ``[targets[r] for r in rows]``: the accepted drafts and, last, the bonus token.
         """
+        return list(self.visit(targets))
+
+    def visit(self, targets: Sequence[int]) -> Iterator[int]:
+        """`walk`, row by row: ``targets[row]`` is asked for only when the walk goes on from `row`."""
         children = {(p + 1, t): i + 1 for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
-        rows = [0]
-        while (child := children.get((rows[-1], int(targets[rows[-1]])))) is not None:
-            rows.append(child)
-        return rows
+        row: int | None = 0
+        while row is not None:
+            yield row
+            row = children.get((row, int(targets[row])))
 
 
 EMPTY_TREE = DraftTree()
