@@ -238,7 +238,7 @@ def look_up(model, texts: list[Text]) -> list[Batch]:
         where = torch.tensor([(b, t) for b, text in enumerate(group) for t in range(text.start - 1, len(text.ids) - 1)])
         for part in where.split(256):
             b, t = part.unbind(1)
-            values, tokens = model.lm_head(hidden[b, t]).float().topk(TOP, dim=-1)
+            values, tokens = model.get_output_embeddings()(hidden[b, t]).float().topk(TOP, dim=-1)
             labels[b, t] = torch.cat([tokens, ids[b, t + 1, None]], dim=1).int()
             weights[b, t] = torch.cat([SOFT * values.softmax(-1), torch.full((len(b), 1), 1 - SOFT)], dim=1).bfloat16()
         vocab, labels = labels.unique(return_inverse=True)
@@ -340,7 +340,7 @@ def sampled_vocabulary(batch: Batch, weight: torch.Tensor) -> tuple[torch.Tensor
 
 def train(model, head: MtpHead, batches: list[Batch], seconds: float, lr: float) -> None:
     """AdamW with a short warm-up and a cosine over the time there is; float32 weights, bfloat16 arithmetic."""
-    lm_head = model.lm_head.weight.detach().bfloat16()
+    lm_head = model.get_output_embeddings().weight.detach().bfloat16()
     head.float().requires_grad_(True).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     began, shown, losses = time.time(), 0.0, [0.0] * STEPS
@@ -385,7 +385,7 @@ def measure(model, head: MtpHead, batches: list[Batch]) -> dict[str, float]:
         b, t = batch.base.unbind(1)
         right = torch.zeros(len(b), STEPS, dtype=torch.bool)
         for k, hidden in enumerate(drafted, start=1):
-            guess = torch.cat([model.lm_head(h.to(model.dtype)).argmax(-1) for h in hidden[b, t].split(256)])
+            guess = torch.cat([model.get_output_embeddings()(h.to(model.dtype)).argmax(-1) for h in hidden[b, t].split(256)])
             inside = t + k + 1 < batch.length[b]
             right[:, k - 1] = inside & (guess == batch.ids[b, (t + k + 1).clamp(max=batch.ids.shape[1] - 1)])
         run = right.cumprod(dim=1)
@@ -396,7 +396,7 @@ def measure(model, head: MtpHead, batches: list[Batch]) -> dict[str, float]:
             while at < len(accepted):
                 at += accepted[at] + 1
                 forwards += 1
-            tokens += at
+            tokens += min(at, len(accepted))  # no bonus token after the end
     run = torch.cat(rows).float()
     reach = torch.cat([torch.ones(1), run.mean(dim=0)])
     result = {f"depth {k}": float(reach[k] / reach[k - 1].clamp(min=1e-9)) for k in range(1, STEPS + 1)}

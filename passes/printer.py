@@ -3,7 +3,7 @@
 `normal_form` prints the live nodes in order, one a line. Values are numbered, sizes are renamed ``s0, s1, ..`` by first appearance and
 written where they are used, weights stand in their users' arguments. Names that torch made up, overloads, devices, addresses, asserts
 and dead code are left out. Decoder layers (found through ``meta["nn_module_stack"]``) are blocks with a numbering of their own:
-what comes from outside is ``in0, in1, ..``, bound in the block's first line, so that equal layers are equal texts and print once.
+what comes from outside is ``in0, in1, ..`` and ``k_pages_a, ..``, bound in the block's first line, so that equal layers print once.
 
 `difference` keeps the numbers of the graph before for the nodes that a pass left alone; new ones are ``%a0, %a1, ..``.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,12 +32,12 @@ _BEFORE = "the layer before's "
 
 @dataclass
 class _Block:
-    """A run of nodes: one layer, or (path "") what lies between two. inputs: what ``in0, in1, ..`` stand for."""
+    """A run of nodes: one layer, or (path "") what lies between two. inputs: its names for what comes from outside."""
 
     path: str
     nodes: list[fx.Node] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
-    inputs: list[str] = field(default_factory=list)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -128,9 +129,13 @@ class _Printer:
         return self._input(block, name if not owner.path else f"{_BEFORE}{name}" if owner is previous else f"layer{owner.number}.{name}")
 
     def _input(self, block: _Block, binding: str) -> str:
+        """The name under which `block` reads what `binding` says; of numbered names the number is a letter, as it varies by layer."""
+        numbered = _NUMBERED.match(binding)
+        stem = numbered[1] if numbered else "in"
         if binding not in block.inputs:
-            block.inputs.append(binding)
-        return f"in{block.inputs.index(binding)}"
+            order = sum(name.startswith(stem) for name in block.inputs.values())
+            block.inputs[binding] = f"{stem}{string.ascii_letters[order] if numbered else order}"
+        return block.inputs[binding]
 
     def _argument(self, value: Any, reference: Callable[[fx.Node], str]) -> str:
         if isinstance(value, fx.Node):
@@ -195,7 +200,7 @@ def _layer(node: fx.Node) -> str:
 def _alike(run: Sequence[_Block]) -> bool:
     """Whether the last block of `run` goes on as those before it: the next number, the same text, inputs of the same kind."""
     a, b = run[-2:]
-    if not a.path or b.path != f"{a.path.rpartition('.')[0]}.{a.number + 1}" or a.lines != b.lines or len(a.inputs) != len(b.inputs):
+    if not a.path or b.path != f"{a.path.rpartition('.')[0]}.{a.number + 1}" or a.lines != b.lines:
         return False
     return all(_sequence(bindings) for bindings in zip(*(block.inputs for block in run), strict=True))
 
@@ -210,7 +215,9 @@ def _sequence(names: Sequence[str]) -> str:
     numbers = [int(m[2]) for m in found]
     if len(found) != len(names) or len({(m[1], m[3]) for m in found}) != 1 or len({y - x for x, y in itertools.pairwise(numbers)}) != 1:
         return ""
-    return f"{names[0][: found[0].end(2)]}{'' if numbers[1] == numbers[0] + 1 else f', {numbers[1]}'}..{numbers[-1]}{found[0][3]}"
+    few, dense = len(numbers) < 3, numbers[1] == numbers[0] + 1
+    rest = f"..{numbers[-1]}" if dense else f", {numbers[1]}" if few else f", {numbers[1]}..{numbers[-1]}"
+    return f"{names[0][: found[0].end(2)]}{rest}{found[0][3]}"
 
 
 def _heading(run: Sequence[_Block]) -> str:
@@ -218,8 +225,8 @@ def _heading(run: Sequence[_Block]) -> str:
     if not first.path:
         return "nodes:"
     title = f"layer {first.number}" if len(run) == 1 else f"layers {first.number}..{run[-1].number} ({len(run)} alike)"
-    bindings = [_sequence([block.inputs[i] for block in run]) for i in range(len(first.inputs))]
-    return ", ".join([title, *(f"in{i} = {b}" for i, b in enumerate(bindings))]) + ":"
+    bindings = zip(*(block.inputs for block in run), strict=True)
+    return ", ".join([title, *(f"{name} = {_sequence(b)}" for name, b in zip(first.inputs.values(), bindings, strict=True))]) + ":"
 
 
 def _short(target: Any) -> str:

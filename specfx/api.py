@@ -13,7 +13,6 @@ import functools
 import inspect
 import logging
 import threading
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerationMode, StopStringCriteria
+from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
 
 from specfx.drafters.base import Drafter, NoDrafter
 from specfx.engines.base import Engine
@@ -174,12 +173,16 @@ class SpeculativeGenerate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model = self.model
         stock = functools.partial(type(model).generate, model)
-        reason = _not_ours(model, args, kwargs)
+        kwargs = _as_keywords(model, args, kwargs)
+        config = _generation_config(model, kwargs)
+        reason = _not_ours(model, config, kwargs)
         if reason is not None:
             self._stock(reason)
-            return stock(*args, **kwargs)
-        _check_prompt(model, args, kwargs)
-        kwargs = _bind_stop_strings(model, args, kwargs)
+            return stock(**kwargs)
+        _require_plain_model(model)  # adapters and hooks may have come since
+        _check_prompt(model, kwargs)
+        kwargs = _bind_stop_strings(config, kwargs)
+        kwargs.pop("custom_generate", None)
         with self.lock:
             prepared = self.ready()
             assert self.drafter is not None
@@ -191,12 +194,11 @@ class SpeculativeGenerate:
                 max_nodes=self.common.num_speculative_tokens,
                 stats=call,
                 record_stock=self._stock,
-                streamer=_argument(model, args, kwargs, "streamer"),
+                streamer=kwargs.get("streamer"),
             )
             try:
-                with call.timed("total"), warnings.catch_warnings():
-                    # transformers tells users of custom decoding methods to pass their own arguments; ours are bound already
-                    return stock(*args, **kwargs, custom_generate=_as_method(decode))
+                with call.timed("total"):
+                    return stock(**kwargs, custom_generate=_as_method(decode))
             finally:
                 self.stats.record(call)
 
@@ -249,7 +251,7 @@ def _require_plain_model(model: PreTrainedModel) -> None:
     if getattr(model, "peft_config", None) or any(type(m).__module__.startswith("peft.") for m in model.modules()):
         raise UnsupportedModelError(f"{name} carries a PEFT adapter: merge it first (model.merge_and_unload())")
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
-        raise UnsupportedModelError(f"{name} is not a transformers model that can generate")
+        raise UnsupportedModelError(f"{name} is not a transformers model that can generate: load one with AutoModelForCausalLM")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} can't generate: load it with AutoModelForCausalLM")
     other = model.__dict__.get("generate")
@@ -267,30 +269,35 @@ def _require_plain_model(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{name} is quantised ({parameter_name} is {parameter.dtype}): load it dequantised")
 
 
-def _argument(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """An argument of `generate`, however it was passed."""
-    if name in kwargs:
-        return kwargs[name]
-    names = list(inspect.signature(type(model).generate).parameters)[1:]
-    return dict(zip(names, args, strict=False)).get(name)
+def _as_keywords(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name. Raises `TypeError` where the stock `generate` would."""
+    signature = inspect.signature(type(model).generate)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):  # a class that hands all on to transformers
+        signature = inspect.signature(GenerationMixin.generate)
+    bound = signature.bind(model, *args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for name, value in list(bound.items())[1:]:
+        named |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
 
 
-def _generation_config(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> GenerationConfig:
-    """The configuration as `generate` will see it: the one passed or the model's, with keyword arguments over it."""
-    given = _argument(model, args, kwargs, "generation_config")
-    config = copy.deepcopy(given if given is not None else model.generation_config)
-    config.update(**{k: v for k, v in kwargs.items() if k not in ("generation_config", "streamer", "tokenizer", "inputs", "input_ids")})
-    return config
+def _generation_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The configuration as `generate` will see it: keyword arguments over the one passed over the model's."""
+    return model._prepare_generation_config(
+        kwargs.get("generation_config"), **{k: v for k, v in kwargs.items() if k != "generation_config"}
+    )[0]
 
 
-def _not_ours(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> str | None:
     """Why a call goes to the stock `generate` before anything is prepared; None if it may be ours."""
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
-        if _argument(model, args, kwargs, name) is not None:
+        if kwargs.get(name) is not None:
             return name
-    if kwargs.get("position_ids") is not None:
-        return "position_ids given by the caller"
-    config = _generation_config(model, args, kwargs)
+    for name in ("position_ids", "past_key_values"):  # a cache of the caller's is there to be filled
+        if kwargs.get(name) is not None:
+            return f"{name} given by the caller"
+    if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
+        return "stop_strings in the model's generation_config"
     if getattr(config, "use_mtp", False):
         return "use_mtp"
     mode = config.get_generation_mode(None)
@@ -299,11 +306,11 @@ def _not_ours(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, A
     return None
 
 
-def _check_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _check_prompt(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Raise `PromptError` for an empty prompt, or one that leaves no room for a token in the model's context."""
     prompt = kwargs.get("input_ids")
     if prompt is None:
-        prompt = _argument(model, args, kwargs, "inputs")
+        prompt = kwargs.get("inputs")
     if not isinstance(prompt, torch.Tensor):
         return
     mask = kwargs.get("attention_mask")
@@ -315,9 +322,9 @@ def _check_prompt(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise PromptError(f"the prompt has {longest} tokens, the model's context {context}: shorten the prompt")
 
 
-def _bind_stop_strings(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _bind_stop_strings(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
     """transformers drops the tokenizer on the way to a custom decoding method: build the stop-string criterion here."""
-    strings = _generation_config(model, args, kwargs).stop_strings
+    strings = config.stop_strings
     if strings is None:
         return kwargs
     tokenizer = kwargs.get("tokenizer")
@@ -328,7 +335,7 @@ def _bind_stop_strings(model: PreTrainedModel, args: tuple[Any, ...], kwargs: di
     if given is not None and given.stop_strings is not None:
         kwargs["generation_config"] = copy.deepcopy(given)
         kwargs["generation_config"].stop_strings = None
-    criteria = _argument(model, args, kwargs, "stopping_criteria") or []
+    criteria = kwargs.get("stopping_criteria") or []
     kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
     kwargs.pop("stop_strings", None)
     return kwargs

@@ -21,7 +21,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     example = torch.arange(7)[None]
     with torch.no_grad():
         program = torch.export.export(
-            model, (example, example), dynamic_shapes={"input_ids": {1: rows}, "position_ids": {1: rows}}, strict=False
+            model, (example, example.clone()), dynamic_shapes={"input_ids": {1: rows}, "position_ids": {1: rows}}, strict=False
         )
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)

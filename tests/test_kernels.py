@@ -203,19 +203,20 @@ def assert_pools_hold_the_new_rows_and_nothing_else(batch: Batch, k_pages: Tenso
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> Batch:
+def batches(draw: st.DrawFn, tiles: bool = False) -> Batch:
+    """tiles: of widths and page sizes that the CPU's tile unit takes."""
     shape = Shape(
         groups=draw(st.integers(1, 3)),
         share=draw(st.sampled_from([1, 3, 4, 7, 8])),
-        dk=draw(st.sampled_from([1, 4, 6])),
-        dv=draw(st.sampled_from([1, 4, 5])),
-        page_size=draw(st.sampled_from([1, 2, 5, 16])),
+        dk=draw(st.sampled_from([32, 64, 96] if tiles else [1, 4, 6])),
+        dv=draw(st.sampled_from([16, 64, 80] if tiles else [1, 4, 5])),
+        page_size=draw(st.sampled_from([16, 48] if tiles else [1, 2, 5, 16])),
         window=draw(st.sampled_from([0, 0, 1, 2, 5, 30])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5])),
         sinks=draw(st.booleans()),
     )
     sequences = draw(st.integers(1, 3))
-    lengths = draw(st.lists(st.integers(0, 20), min_size=sequences, max_size=sequences))
+    lengths = draw(st.lists(st.integers(0, 70 if tiles else 20), min_size=sequences, max_size=sequences))
     mask = draw(st.booleans())
     parents = []
     for _ in range(sequences):
@@ -336,14 +337,22 @@ def test_without_a_mask_the_kernel_takes_causal_runs(share: int, dtype: torch.dt
         assert_kernel_agrees(make_batch(Shape(2, share, 16, 8, 5, window, dtype=dtype), [0, 200, 3, 1], runs, share, mask=False))
 
 
+def narrowed(batch: Batch, dtype: torch.dtype) -> Batch:
+    narrow = lambda values: {n: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in values.items()}  # noqa: E731
+    shape = dataclasses.replace(batch.shape, dtype=dtype)
+    return dataclasses.replace(batch, shape=shape, arguments=narrow(batch.arguments), constants=narrow(batch.constants))
+
+
 @settings(max_examples=40, deadline=None)
 @given(batch=batches())
 def test_kernel_agrees_on_random_batches(kernels: cpu_build.CpuKernels, batch: Batch) -> None:
-    """In float32, on batches that are drawn in float64."""
-    batch.shape = dataclasses.replace(batch.shape, dtype=torch.float32)
-    narrow = lambda values: {n: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for n, x in values.items()}  # noqa: E731
-    batch.arguments, batch.constants = narrow(batch.arguments), narrow(batch.constants)
-    assert_kernel_agrees(batch)
+    assert_kernel_agrees(narrowed(batch, torch.float32))
+
+
+@settings(max_examples=80, deadline=None)
+@given(batch=batches(tiles=True))
+def test_kernel_agrees_on_random_batches_for_tiles(kernels: cpu_build.CpuKernels, batch: Batch) -> None:
+    assert_kernel_agrees(narrowed(batch, torch.bfloat16))
 
 
 @pytest.mark.usefixtures("kernels")
@@ -457,12 +466,14 @@ def test_tree_positions_kernel_agrees_with_the_reference(mask: bool) -> None:
 
 
 def test_several_threads_give_what_one_gives(kernels: cpu_build.CpuKernels) -> None:
-    batch = make_batch(Shape(3, 4, 16, 16, dtype=torch.float32), [70, 30], [tree_of(40), causal_run(65)], 5)
+    shapes = (Shape(3, 4, 16, 16, dtype=torch.float32), Shape(3, 4, 64, 64, 16, dtype=torch.bfloat16))
+    batches = [make_batch(shape, [70, 30], [tree_of(40), causal_run(65)], 5) for shape in shapes]
     x, weight = torch.randn(40, 64).bfloat16(), pack(torch.randn(200, 64).bfloat16())
-    one = batch.run(tree_attention_)[0]
+    ones = [batch.run(tree_attention_)[0] for batch in batches]
     linear = packed_linear(x, weight, None, 200) if kernels.packs else None
     torch.set_num_threads(2)
-    assert torch.equal(batch.run(tree_attention_)[0], one)
+    for batch, one in zip(batches, ones, strict=True):
+        assert torch.equal(batch.run(tree_attention_)[0], one)
     if linear is not None:
         assert torch.equal(packed_linear(x, weight, None, 200), linear)
 

@@ -154,6 +154,17 @@ def test_fresh_head_starts_from_the_targets_last_layer(target):
     assert all(torch.isfinite(w).all() for w in weights.values())
 
 
+def test_casting_a_head_keeps_its_rotary_frequencies(target):
+    head = random_head(target)
+    tokens, hidden = torch.randint(VOCAB, (1, 5)), torch.randn(1, 5, 32)
+    positions = torch.arange(1000, 1005)[None]
+    before = head(tokens, hidden, positions=positions)
+    torch.testing.assert_close(head.to(torch.bfloat16).float()(tokens, hidden, positions=positions), before, rtol=0.1, atol=0.2)
+    assert {p.dtype for p in head.state_dict().values()} == {torch.float32}
+    assert all(b.dtype == torch.float32 for b in head._unregistered[2].buffers())
+    assert not list(head.buffers())
+
+
 def test_shards_in_a_folder_are_one_head(target, path, tmp_path):
     weights = load_file(path)
     names = sorted(weights)

@@ -87,9 +87,9 @@ class MtpHead(nn.Module):
         self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, device=like.device, dtype=like.dtype)
         self.layer = layer
         self.norm = norm
-        self.rotary = rotary
         self._eager = layer.self_attn.config._attn_implementation == "eager"
-        self._shared = (embed, lm_head)  # a tuple, so that nn.Module does not register the target's modules
+        # In a tuple nn.Module does not register them: the first two are the target's, and the frequencies must stay float32 in `.to()`.
+        self._unregistered = (embed, lm_head, rotary)
 
     @classmethod
     def from_target(cls, target: nn.Module) -> MtpHead:
@@ -158,7 +158,7 @@ class MtpHead(nn.Module):
             mask = torch.ones(n, past + n, dtype=torch.bool, device=tokens.device).tril(past)[None, None]
         if mask is not None and self._eager:
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
-        embedded = self._shared[0](tokens)
+        embedded = self._unregistered[0](tokens)
         z = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
         z = self.layer(
             z,
@@ -166,13 +166,13 @@ class MtpHead(nn.Module):
             position_ids=positions,
             past_key_values=kv,
             use_cache=kv is not None,
-            position_embeddings=self.rotary(z, positions),
+            position_embeddings=self._unregistered[2](z, positions),
         )
         return self.norm(z[0] if isinstance(z, tuple) else z)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The target's LM head on this head's hidden states: ``[..., H]`` -> ``[..., V]``."""
-        return self._shared[1](hidden)
+        return self._unregistered[1](hidden)
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """The head's weights under the names of the file; the tensors are the parameters themselves."""

@@ -8,9 +8,12 @@ With ``compile="background"`` the graph engine serves until the compiled one is 
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,7 +27,7 @@ from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine
 from specfx.engines.eager import EagerEngine
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
-from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal
+from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal, SpecfxError
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
@@ -38,6 +41,20 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (GateError, Reason.GATE_FAILED),
     (LoweringError, Reason.LOWERING_FAILED),
 )
+
+
+_compiling: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_SECONDS_TO_LEAVE = 10.0
+
+
+@atexit.register
+def _leave() -> None:
+    """Make compiling threads end: one that the interpreter kills inside torch's C++ would abort the process."""
+    deadline = time.monotonic() + _SECONDS_TO_LEAVE
+    for thread in list(_compiling):
+        while thread.is_alive() and thread.ident is not None and time.monotonic() < deadline:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            thread.join(0.1)
 
 
 class Prepared:
@@ -68,6 +85,7 @@ class Prepared:
                 self._compile(stock)
             else:
                 self._thread = threading.Thread(target=self._compile, args=(stock,), name="specfx-compile", daemon=True)
+                _compiling.add(self._thread)
                 self._thread.start()
 
     @property
@@ -98,7 +116,8 @@ class Prepared:
 
     def _refuse(self, stage: str, error: Exception, remedy: str = "") -> None:
         reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
-        refusal = Refusal(stage, reason, str(error) if str(error) else type(error).__name__, remedy)
+        detail = str(error) if isinstance(error, SpecfxError) and str(error) else f"{type(error).__name__}: {error}"
+        refusal = Refusal(stage, reason, detail, remedy)
         self.refusals.append(refusal)
         log.warning("specfx: %s", refusal)
 
@@ -123,10 +142,10 @@ class Prepared:
                 stock = clone_sharing_storage(model)
                 shrunken = gate.with_shrunken_windows(result.module)
                 for call in (on_references(shrunken), shrunken):
-                    gate.check(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
+                    _prove(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
             self.module = result.module
             self._engine = graph_engine(result.module, options.kv_pool, model.device)
-        except (CaptureError, PassError, GateError) as e:
+        except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
             self._refuse("graph engine", e)
 
     def _load_kernels(self, device: torch.device) -> None:
@@ -144,10 +163,11 @@ class Prepared:
         context = PassContext(self.options.page_size, self._packs)
         try:
             with self._timed("compile"):
-                compiled = CompiledEngine(self.module, context, self.options.disable_passes, self.options.kv_pool, stock.device)
+                compiled = CompiledEngine(self.module, context, self.options.disable_passes, "auto", stock.device)
             with self._timed("first use"):
-                gate.check(compiled, stock, shrink_windows=False)
-        except (LoweringError, GateError) as e:
+                _prove(compiled, stock, shrink_windows=False)
+            compiled.resize_pool(self.options.kv_pool)
+        except Exception as e:  # in a thread of its own nobody would hear of it
             self._refuse("compiled engine", e)
             return
         self.refusals += [r.refusal for r in compiled.records if r.refusal is not None]
@@ -165,6 +185,16 @@ class Prepared:
                 self.engine.refresh()
             self.fingerprint = now
         return True
+
+
+def _prove(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -> None:
+    """`gate.check`, for engines that may fail in any way. Raises `GateError`."""
+    try:
+        gate.check(engine, stock, shrink_windows)
+    except GateError:
+        raise
+    except Exception as e:
+        raise GateError(f"{type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
 
 
 def _serves(module: fx.GraphModule) -> bool:

@@ -52,6 +52,10 @@ class PagedEngine:
         self._selects = "logit_rows" in self.inputs
         self._device = device
 
+    def resize_pool(self, size: str | int | float) -> None:
+        """A new, empty pool; sequences in the old one are lost."""
+        self.pool = KVPool(self.pool.shapes, self.pool.page_size, size, self._device)
+
     def add(self, seq: int, capacity: int) -> None:
         self.pool.add(seq, capacity)
 

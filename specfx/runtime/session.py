@@ -21,7 +21,6 @@ from torch import Tensor
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.runtime.stats import CallStats
-from specfx.runtime.tree import DraftTree
 
 PREFILL_CHUNK = 512
 """Rows of a prompt that one forward takes."""

@@ -1,0 +1,74 @@
+"""The main job on the real model: SmolLM2-135M-Instruct, float32, greedy, against stock `generate`, token for token.
+
+`specfx bench equal` does the same over many more prompts; these are a few, short enough for the ordinary test run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import specfx
+from specfx import models
+
+PROMPTS = (
+    "Write the days of the week as a JSON list, then write the same list again.",
+    "Explain briefly what a suffix tree is.",
+)
+HEAD = Path(__file__).resolve().parent.parent / "examples" / "smollm2_mtp_head"
+NEW_TOKENS = 48
+METHODS = {"none": (None, {}), "suffix": ("suffix", {}), "mtp": ("mtp", {"head": HEAD})}
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return models.load_smollm2(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def stock(smollm2):
+    """What the stock model says, before specfx has touched anything: for each prompt alone, and for both as one padded batch."""
+    model, tokenizer = smollm2
+    return {batch: [generate(model, tokenizer, prompts) for prompts in split(batch)] for batch in (1, 2)}
+
+
+def split(batch: int) -> list[tuple[str, ...]]:
+    return [(p,) for p in PROMPTS] if batch == 1 else [PROMPTS]
+
+
+def generate(model, tokenizer, prompts):
+    chats = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts]
+    inputs = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left")
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph", "compiled"])
+def test_every_method_gives_the_tokens_of_stock_generate(smollm2, stock, engine):
+    model, tokenizer = smollm2
+    try:
+        for method, options in METHODS.values():
+            specfx.speculate(model, method, engine=engine, compile="off" if engine == "graph" else "sync", **options)
+            report = specfx.explain(model)
+            assert report.engine == engine, str(report)
+            assert report.verifies == "trees"
+            for batch, expected in stock.items():
+                for prompts, tokens in zip(split(batch), expected, strict=True):
+                    assert torch.equal(generate(model, tokenizer, prompts), tokens), (method, batch, prompts)
+            if method == "suffix":
+                assert specfx.stats(model).total.accepted[0] > 0
+            assert not specfx.explain(model).stock_calls
+            assert specfx.explain(model).pages_in_use == 0
+    finally:
+        specfx.restore(model)
+    assert torch.equal(generate(model, tokenizer, PROMPTS[:1]), stock[1][0])
+
+
+def test_drafts_that_repeat_the_prompt_save_forwards(smollm2):
+    model, tokenizer = smollm2
+    text = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau. " * 4
+    inputs = tokenizer(text, return_tensors="pt")
+    with specfx.speculating(model, "suffix", engine="graph"):
+        model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        assert specfx.stats(model).tokens_per_forward > 2
