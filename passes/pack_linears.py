@@ -51,6 +51,8 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     for node in calls(module, aten.linear.default):
         if _packable(node, module):
             groups[node.args[0], len(node.args) > 2 and node.args[2] is not None].append(node)  # type: ignore[index]
+    if not groups:
+        raise PassError("no linear has a bfloat16 weight on the CPU whose input width is a multiple of 32")
     packed: dict[str, tuple[str, ...]] = {}
     for index, ((x, biased), nodes) in enumerate(groups.items()):
         sources = tuple(str(n.args[1].target) for n in nodes)  # type: ignore[union-attr]

@@ -188,7 +188,26 @@ def _blocks(nodes: Sequence[fx.Node], split: bool) -> list[_Block]:
         if not blocks or blocks[-1].path != path:
             blocks.append(_Block(path))
         blocks[-1].nodes.append(node)
+    for i, block in enumerate(blocks):
+        if not block.path and not any(map(is_impure, block.nodes)):
+            block.nodes = _by_demand(block.nodes, [n for later in blocks[i + 1 :] if later.path for n in later.nodes])
     return blocks
+
+
+def _by_demand(nodes: Sequence[fx.Node], readers: Sequence[fx.Node]) -> list[fx.Node]:
+    """`nodes` in the order in which layers need them: transformers computes Gemma's two rotary tables in the order of a set."""
+    ordered: dict[fx.Node, None] = {}
+    members = set(nodes)
+
+    def visit(node: fx.Node) -> None:
+        if node in members and node not in ordered:
+            for needed in node.all_input_nodes:
+                visit(needed)
+            ordered[node] = None
+
+    for node in (*(n for reader in readers for n in reader.all_input_nodes), *nodes):
+        visit(node)
+    return list(ordered)
 
 
 def _layer(node: fx.Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,13 +64,18 @@ def wrapped(engine: str = "graph", method: str | None = "suffix", **options: Any
     return specfx.speculate(model, method, **{"engine": engine, "compile": "off", **options})
 
 
+@functools.cache
+def soundness() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Prompts, and what a fresh stock model makes of them."""
+    fresh = tiny_model("llama", num_hidden_layers=1)
+    return [(ids, stock(fresh, ids)) for ids in (prompt_of(seed=3), prompt_of(7, seed=4, batch=3))]
+
+
 def assert_sound(model: PreTrainedModel, engine: str | None = None) -> None:
     """Through the wrapper and without it the model generates as a fresh stock one, and nothing of a failed call is left."""
     wrapper: Any = model.generate
-    ids, batch = prompt_of(seed=3), prompt_of(7, seed=4, batch=3)
-    fresh = tiny_model("llama", num_hidden_layers=1)
-    for prompt in (ids, batch):
-        assert torch.equal(model.generate(prompt, max_new_tokens=12), stock(fresh, prompt))
+    for ids, expected in soundness():
+        assert torch.equal(model.generate(ids, max_new_tokens=12), expected)
     report = specfx.explain(model)
     assert report.pages_in_use == 0
     assert engine in (None, report.engine), str(report)
@@ -79,8 +85,8 @@ def assert_sound(model: PreTrainedModel, engine: str | None = None) -> None:
         assert not wrapper.drafter._indexes
     specfx.restore(model)
     assert "generate" not in model.__dict__
-    for prompt in (ids, batch):
-        assert torch.equal(model.generate(prompt, max_new_tokens=12), stock(fresh, prompt))
+    for ids, expected in soundness():
+        assert torch.equal(model.generate(ids, max_new_tokens=12), expected)
 
 
 def assert_refused(model: PreTrainedModel, stage: str, reason: Reason, words: str) -> None:
@@ -139,7 +145,7 @@ def scaled_logits(module: fx.GraphModule) -> None:
 
 
 def not_a_number(module: fx.GraphModule) -> None:
-    linear = [n for n in module.graph.nodes if n.op == "call_function" and "linear" in str(n.target)][0]
+    linear = next(n for n in module.graph.nodes if n.op == "call_function" and "linear" in str(n.target))
     with module.graph.inserting_before(linear):
         linear.replace_input_with(linear.args[0], module.graph.call_function(torch.div, (linear.args[0], 0.0)))
 

@@ -51,20 +51,20 @@ inputs:
   tree_mask: i64[s0]
   logit_rows: i64[s5]
 nodes:
-  %0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-  %1: f32[1, s0, 32] = aten.embedding(model.model.embed_tokens.weight f32[128, 32], input_ids)
-  %2: i64[1, s0, 1] = aten.unsqueeze(%0, 2)
+  %0: f32[1, s0, 32] = aten.embedding(model.model.embed_tokens.weight f32[128, 32], input_ids)
+  %1: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
+  %2: i64[1, s0, 1] = aten.unsqueeze(%1, 2)
   %3: f32[1, s0, 1] = aten.to(%2, f32)
   %4: f32[4] = aten.to(model.model.rotary_emb.inv_freq f32[4], device, f32)
   %5: f32[1, s0, 4] = aten.mul(%3, %4)
   %6: f32[1, s0, 8] = aten.cat([%5, %5], -1)
   %7: f32[1, s0, 8] = aten.cos(%6)
   %8: f32[1, s0, 8] = aten.mul(%7, 1)
-  %9: f32[1, s0, 8] = aten.sin(%6)
-  %10: f32[1, s0, 8] = aten.mul(%9, 1)
-  %11: f32[1, s0, 8] = aten.to(%8, f32)
-  %12: f32[1, s0, 8] = aten.to(%10, f32)
-layers 0..2 (3 alike), in0 = %1, then the layer before's %57, in1 = %11, in2 = %12, k_pages_a = k_pages_0..2, v_pages_a = v_pages_0..2:
+  %9: f32[1, s0, 8] = aten.to(%8, f32)
+  %10: f32[1, s0, 8] = aten.sin(%6)
+  %11: f32[1, s0, 8] = aten.mul(%10, 1)
+  %12: f32[1, s0, 8] = aten.to(%11, f32)
+layers 0..2 (3 alike), in0 = %0, then the layer before's %57, in1 = %9, in2 = %12, k_pages_a = k_pages_0..2, v_pages_a = v_pages_0..2:
   %0: f32[1, s0, 32] = aten.to(in0, f32)
   %1: f32[1, s0, 32] = aten.pow(%0, 2)
   %2: f32[1, s0, 1] = aten.mean(%1, [-1], True)
@@ -157,13 +157,12 @@ def test_rewrite_of_llama() -> None:
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
 @ nodes
-+  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-@ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
++  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %1: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
--layers 0..2 (3 alike), in0 = %0, then the layer before's %50, in1 = %10, in2 = %11:
-+layers 0..2 (3 alike), in0 = %0, then the layer before's %50, in1 = %10, in2 = %11, k_pages_a = k_pages_0..2, v_pages_a = v_pages_0..2:
+-layers 0..2 (3 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11:
++layers 0..2 (3 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11, k_pages_a = k_pages_0..2, v_pages_a = v_pages_0..2:
 @ layers 0..2 (3 alike)
 -  %33: f32[1, s0, 4, 8] = specfx.attention(%25, %32, %16, 0.353553)
 -  %34: f32[1, s0, 32] = aten.reshape(%33, [1, s0, -1])
@@ -205,13 +204,12 @@ def test_rewrite_of_qwen3() -> None:
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
 @ nodes
-+  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-@ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
++  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %1: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
--layers 0..1 (2 alike), in0 = %0, then the layer before's %66, in1 = %10, in2 = %11:
-+layers 0..1 (2 alike), in0 = %0, then the layer before's %66, in1 = %10, in2 = %11, k_pages_a = k_pages_0..1, v_pages_a = v_pages_0..1:
+-layers 0..1 (2 alike), in0 = %0, then the layer before's %66, in1 = %8, in2 = %11:
++layers 0..1 (2 alike), in0 = %0, then the layer before's %66, in1 = %8, in2 = %11, k_pages_a = k_pages_0..1, v_pages_a = v_pages_0..1:
 @ layers 0..1 (2 alike)
 -  %49: f32[1, s0, 4, 8] = specfx.attention(%41, %48, %32, 0.353553)
 -  %50: f32[1, s0, 32] = aten.reshape(%49, [1, s0, -1])
@@ -254,16 +252,15 @@ def test_rewrite_of_gemma3() -> None:
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
 @ nodes
-+  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-@ nodes
 -  %3: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
++  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %3: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
 -  %14: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %14: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
--layer 0, in0 = %2, in1 = %23, in2 = %24:
-+layer 0, in0 = %2, in1 = %23, in2 = %24, k_pages_a = k_pages_0, v_pages_a = v_pages_0:
+-layer 0, in0 = %2, in1 = %10, in2 = %13:
++layer 0, in0 = %2, in1 = %10, in2 = %13, k_pages_a = k_pages_0, v_pages_a = v_pages_0:
 @ layer 0
 -  %55: f32[1, s0, 4, 8] = specfx.attention(%47, %54, %18, 0.353553, 8)
 -  %56: f32[1, s0, 32] = aten.reshape(%55, [1, s0, -1])
@@ -277,8 +274,8 @@ def test_rewrite_of_gemma3() -> None:
 +  %a7: f32[1, s0, 4, 8] = aten.unsqueeze(%a6, 0)
 +  %56: f32[1, s0, 32] = aten.reshape(%a7, [1, s0, -1])
 @ layer 0
--layer 1, in0 = the layer before's %94, in1 = %12, in2 = %13:
-+layer 1, in0 = the layer before's %94, in1 = %12, in2 = %13, k_pages_a = k_pages_1, v_pages_a = v_pages_1:
+-layer 1, in0 = the layer before's %94, in1 = %21, in2 = %24:
++layer 1, in0 = the layer before's %94, in1 = %21, in2 = %24, k_pages_a = k_pages_1, v_pages_a = v_pages_1:
 @ layer 1
 -  %55: f32[1, s0, 4, 8] = specfx.attention(%47, %54, %18, 0.353553)
 -  %56: f32[1, s0, 32] = aten.reshape(%55, [1, s0, -1])
@@ -320,13 +317,12 @@ def test_rewrite_of_mistral() -> None:
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
 @ nodes
-+  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-@ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
++  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %1: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
--layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %10, in2 = %11:
-+layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %10, in2 = %11, k_pages_a = k_pages_0..1, v_pages_a = v_pages_0..1:
+-layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11:
++layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11, k_pages_a = k_pages_0..1, v_pages_a = v_pages_0..1:
 @ layers 0..1 (2 alike)
 -  %33: f32[1, s0, 4, 8] = specfx.attention(%25, %32, %16, 0.353553, 8)
 -  %34: f32[1, s0, 32] = aten.reshape(%33, [1, s0, -1])
@@ -369,13 +365,12 @@ def test_rewrite_of_gpt_oss() -> None:
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
 @ nodes
-+  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-@ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
++  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %1: i64[1, s0, 1] = aten.unsqueeze(%a0, 2)
 @ nodes
--layer 0, in0 = %0, in1 = %9, in2 = %10:
-+layer 0, in0 = %0, in1 = %9, in2 = %10, k_pages_a = k_pages_0, v_pages_a = v_pages_0:
+-layer 0, in0 = %0, in1 = %7, in2 = %10:
++layer 0, in0 = %0, in1 = %7, in2 = %10, k_pages_a = k_pages_0, v_pages_a = v_pages_0:
 @ layer 0
 -  %39: f32[1, s0, 4, 8] = specfx.attention(%28, %38, %16, 0.353553, 8, 0, *.self_attn.sinks f32[4])
 -  %40: f32[1, s0, 32] = aten.reshape(%39, [1, s0, -1])
@@ -389,8 +384,8 @@ def test_rewrite_of_gpt_oss() -> None:
 +  %a7: f32[1, s0, 4, 8] = aten.unsqueeze(%a6, 0)
 +  %40: f32[1, s0, 32] = aten.reshape(%a7, [1, s0, -1])
 @ layer 0
--layer 1, in0 = the layer before's %87, in1 = %9, in2 = %10:
-+layer 1, in0 = the layer before's %87, in1 = %9, in2 = %10, k_pages_a = k_pages_1, v_pages_a = v_pages_1:
+-layer 1, in0 = the layer before's %87, in1 = %7, in2 = %10:
++layer 1, in0 = the layer before's %87, in1 = %7, in2 = %10, k_pages_a = k_pages_1, v_pages_a = v_pages_1:
 @ layer 1
 -  %39: f32[1, s0, 4, 8] = specfx.attention(%28, %38, %16, 0.353553, 0, 0, *.self_attn.sinks f32[4])
 -  %40: f32[1, s0, 32] = aten.reshape(%39, [1, s0, -1])
@@ -425,8 +420,8 @@ def test_packing_of_llama() -> None:
         difference(graph, packed.module),
         """\
 @ nodes
--layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %10, in2 = %11:
-+layers 0..1 (2 alike), in0 = %0, then the layer before's %50, packed_a = packed_0, 4 bf16[2, 1, 2, 16, 16, 2], in1 = %10, in2 = %11, packed_b = packed_1, 5 bf16[1, 1, 2, 16, 16, 2], packed_c = packed_2, 6 bf16[4, 1, 2, 16, 16, 2], packed_d = packed_3, 7 bf16[1, 2, 2, 16, 16, 2]:
+-layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11:
++layers 0..1 (2 alike), in0 = %0, then the layer before's %50, packed_a = packed_0, 4 bf16[2, 1, 2, 16, 16, 2], in1 = %8, in2 = %11, packed_b = packed_1, 5 bf16[1, 1, 2, 16, 16, 2], packed_c = packed_2, 6 bf16[4, 1, 2, 16, 16, 2], packed_d = packed_3, 7 bf16[1, 2, 2, 16, 16, 2]:
 @ layers 0..1 (2 alike)
 -  %8: bf16[1, s0, 32] = aten.linear(%7, *.self_attn.q_proj.weight bf16[32, 32])
 -  %9: bf16[1, s0, 4, 8] = aten.view(%8, [1, s0, -1, 8])
