@@ -1,11 +1,119 @@
-// A linear layer over a weight packed for AMX bf16 tiles: one pass over the weight serves up to 32 rows.
-// Tiles 0, 1: sums of rows 0..15; 2, 3: of rows 16..31; 4, 5: inputs; 6, 7: weights.
+// A linear layer over a weight packed for AMX bf16 tiles: one pass over the weight serves all rows of a draft tree.
 #pragma once
 
 #include "common.h"
 
 #ifdef SPECFX_AMX
 namespace specfx {
+
+// y [m, n] = x [m, k] @ weight (packed as kernels/packed_linear.py says: blocks of 32 columns, in them blocks of 32 rows) + bias [n].
+struct PackedLinear {
+  const uint16_t *x, *weight;
+  const float* bias;
+  uint16_t* y;
+  int64_t m, n, k, row_blocks;
+
+  // Column blocks `begin` to `end`. Up to 16 rows, two blocks at a time: each load of the inputs serves four tiles of the weight.
+  void run(int64_t begin, int64_t end) const {
+    if (m <= 16) {
+      configure_tiles({m, m, m, m, m, 1, 16, 16});
+      for (int64_t block = begin; block < end; block += 2) short_columns(block, std::min<int64_t>(2, end - block));
+    } else {
+      int64_t configured = 0;
+      for (int64_t block = begin; block < end; ++block)
+        for (int64_t row = 0; row < m; row += 32) {
+          const int64_t rows = std::min<int64_t>(32, m - row), upper = std::min<int64_t>(16, rows);
+          if (rows != configured) configure_tiles({upper, upper, rows - upper, rows - upper, upper, rows - upper, 16, 16});
+          configured = rows;
+          tall_column(block, row, rows);
+        }
+    }
+    _tile_release();
+  }
+
+  const uint16_t* block_of(int64_t block) const { return weight + block * row_blocks * 1024; }
+
+  static void prefetch(const uint16_t* w) {  // the tiles that come four steps later
+    for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w + 4096) + line * 64, _MM_HINT_T0);
+  }
+
+  // Tiles 0, 1 and 2, 3: sums of the first and second block; 4: inputs; 6, 7: weights.
+  void short_columns(int64_t block, int64_t blocks) const {
+    const uint16_t *a = x, *first = block_of(block), *second = first + row_blocks * 1024;
+    alignas(64) float sums[16 * 32];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t kb = 0; kb < row_blocks; ++kb, a += 32, first += 1024, second += 1024) {
+      prefetch(first);
+      _tile_loadd(4, a, k * 2);
+      _tile_loadd(6, first, 64);
+      _tile_loadd(7, first + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (blocks == 2) {
+        prefetch(second);
+        _tile_loadd(6, second, 64);
+        _tile_loadd(7, second + 512, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    finish(block, 0, m, sums);
+    if (blocks == 2) {
+      _tile_stored(2, sums, 128);
+      _tile_stored(3, sums + 16, 128);
+      finish(block + 1, 0, m, sums);
+    }
+  }
+
+  // Tiles 0, 1: sums of rows 0..15; 2, 3: of rows 16..31; 4, 5: inputs; 6, 7: weights.
+  void tall_column(int64_t block, int64_t row, int64_t rows) const {
+    const uint16_t *w = block_of(block), *a = x + row * k;
+    const bool lower = rows > 16;
+    alignas(64) float sums[32 * 32];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
+      if (row == 0) prefetch(w);
+      _tile_loadd(4, a, k * 2);
+      _tile_loadd(6, w, 64);
+      _tile_loadd(7, w + 512, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      if (lower) {
+        _tile_loadd(5, a + 16 * k, k * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16, 128);
+    if (lower) {
+      _tile_stored(2, sums + 512, 128);
+      _tile_stored(3, sums + 528, 128);
+    }
+    finish(block, row, rows, sums);
+  }
+
+  // Add the bias, round, and store the columns of `block` that exist. sums: [rows, 32].
+  void finish(int64_t block, int64_t row, int64_t rows, const float* sums) const {
+    const int64_t columns = std::min<int64_t>(32, n - block * 32);
+    const __mmask32 store = columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
+    alignas(64) float offset[32] = {};
+    if (bias) std::copy_n(bias + block * 32, columns, offset);
+    const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 s0 = _mm512_add_ps(_mm512_load_ps(sums + i * 32), o0), s1 = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), o1);
+      _mm512_mask_storeu_epi16(y + (row + i) * n + block * 32, store, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
+    }
+  }
+};
 
 inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
   const Tensor x = x_.contiguous();
@@ -18,62 +126,11 @@ inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::o
   auto shape = x.sizes().vec();
   shape.back() = n;
   Tensor out = at::empty(shape, x.options());
-  const uint16_t* X = static_cast<const uint16_t*>(x.const_data_ptr());
-  const uint16_t* W = static_cast<const uint16_t*>(packed.const_data_ptr());
-  uint16_t* Y = static_cast<uint16_t*>(out.mutable_data_ptr());
   std::optional<Tensor> wide;
   if (bias.has_value()) wide = bias->to(at::kFloat).contiguous();
-  const float* B = wide ? wide->const_data_ptr<float>() : nullptr;
-  at::parallel_for(0, column_blocks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float sums[32 * 32];
-    int64_t configured = 0;
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t columns = std::min<int64_t>(32, n - block * 32);
-      const __mmask32 store = columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
-      alignas(64) float offset[32] = {};
-      if (B) std::copy_n(B + block * 32, columns, offset);
-      for (int64_t r = 0; r < m; r += 32) {
-        const int64_t rows = std::min<int64_t>(32, m - r), upper = std::min<int64_t>(16, rows), lower = rows - upper;
-        if (rows != configured) {
-          configure_tiles({upper, upper, lower, lower, upper, lower, 16, 16});
-          configured = rows;
-        }
-        const uint16_t *w = W + block * row_blocks * 1024, *a = X + r * k;
-        _tile_zero(0);
-        _tile_zero(1);
-        if (lower) {
-          _tile_zero(2);
-          _tile_zero(3);
-        }
-        for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
-          if (r == 0)
-            for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w + 4096) + line * 64, _MM_HINT_T0);
-          _tile_loadd(4, a, k * 2);
-          _tile_loadd(6, w, 64);
-          _tile_loadd(7, w + 512, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          if (lower) {
-            _tile_loadd(5, a + 16 * k, k * 2);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-          }
-        }
-        _tile_stored(0, sums, 128);
-        _tile_stored(1, sums + 16, 128);
-        if (lower) {
-          _tile_stored(2, sums + 512, 128);
-          _tile_stored(3, sums + 528, 128);
-        }
-        const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
-        for (int64_t i = 0; i < rows; ++i) {
-          const __m512 s0 = _mm512_add_ps(_mm512_load_ps(sums + i * 32), o0), s1 = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), o1);
-          _mm512_mask_storeu_epi16(Y + (r + i) * n + block * 32, store, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
-        }
-      }
-    }
-    _tile_release();
-  });
+  const PackedLinear linear{static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<const uint16_t*>(packed.const_data_ptr()),
+                            wide ? wide->const_data_ptr<float>() : nullptr, static_cast<uint16_t*>(out.mutable_data_ptr()), m, n, k, row_blocks};
+  at::parallel_for(0, column_blocks, 1, [&](int64_t begin, int64_t end) { linear.run(begin, end); });
   return out;
 }
 
