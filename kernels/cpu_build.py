@@ -64,7 +64,9 @@ def _cpu_flags() -> str:
 def load() -> CpuKernels:
     """Build if need be, and load. Raises `LoweringError` (compiler absent or failing); the references then stay in force."""
     command = _command()
-    key = hashlib.sha256("\0".join([*(s.read_text() for s in _SOURCES), *command, torch.__version__, _cpu_flags()]).encode()).hexdigest()[:20]
+    key = hashlib.sha256("\0".join([*(s.read_text() for s in _SOURCES), *command, torch.__version__, _cpu_flags()]).encode()).hexdigest()[
+        :20
+    ]
     path = cache_dir() / f"cpu-{key}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

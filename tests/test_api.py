@@ -31,20 +31,6 @@ from specfx.kernels import cpu_build
 ENGINES = ("graph", "eager", "compiled")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled engine without Inductor: its artifact is the lowered graph, run as it is."""
-    monkeypatch.setattr("specfx._compat.inductor_compile", lambda module, examples, options: module)
-
-
 def small() -> PreTrainedModel:
     return tiny_model("llama", num_hidden_layers=1)
 

@@ -22,14 +22,6 @@ ATTENTION_NAMES = tuple(name for name in TINY_NAMES if name not in RECURRENT_NAM
 NEW_TOKENS = 64
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def prompt_of(seed: int, n: int = 13) -> list[int]:
     return torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -37,20 +37,6 @@ from specfx.passes.framework import Pass, PassContext, calls
 ENGINES = ("graph", "eager")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled engine without Inductor: its artifact is the lowered graph, run as it is."""
-    monkeypatch.setattr("specfx._compat.inductor_compile", lambda module, examples, options: module)
-
-
 def prompt_of(length: int = 10, seed: int = 0, batch: int = 1) -> torch.Tensor:
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from specfx.drafters.mtp_head import HeadKV, load_head
+from specfx.errors import HeadError
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
@@ -51,6 +52,14 @@ class MtpDrafter:
     def __init__(self, options: MtpOptions, max_nodes: int, target: nn.Module) -> None:
         assert options.head is not None  # MtpOptions sees to it
         self.head = load_head(options.head, target)
+        try:  # before any work is lost: not every family's layers can be driven from outside their model
+            with torch.no_grad():
+                self.head(
+                    torch.zeros(1, 2, dtype=torch.long, device=self.head.device),
+                    torch.zeros(1, 2, self.head.hidden_size).to(self.head.eh_proj.weight),
+                )
+        except Exception as e:
+            raise HeadError(f"the layers of {type(target).__name__} can't be run as an MTP head: {type(e).__name__}: {e}") from e
         self._path = options.head
         self._steps = min(options.num_steps, max_nodes)
         self._sequences: dict[int, _Sequence] = {}

@@ -120,7 +120,7 @@ class Runtime:
             output = self.engine.forward([Rows(seq, chunk, last_only=True)])[0]
             self.engine.commit(seq, range(len(chunk)))
             if self.drafter.needs_hidden and output.hidden is not None:
-                hidden.append(output.hidden)
+                hidden.append(output.hidden.clone())  # the next forward may overwrite it
         return output, torch.cat(hidden) if hidden else None
 
     def step(self) -> list[Committed]:

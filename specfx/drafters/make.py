@@ -1,0 +1,23 @@
+"""From a method's options to its drafter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from specfx.drafters.base import Drafter, NoDrafter
+from specfx.options import CommonOptions, MtpOptions, SuffixOptions
+
+
+def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Drafter:
+    """The drafter that the method's options `own` describe, for the target `model`. Raises `HeadError` for a head that doesn't fit."""
+    if isinstance(own, SuffixOptions):
+        from specfx.drafters.suffix import SuffixDrafter
+
+        return SuffixDrafter(own, common.num_speculative_tokens)
+    if isinstance(own, MtpOptions):
+        from specfx.drafters.mtp import MtpDrafter
+
+        return MtpDrafter(own, common.num_speculative_tokens, model)
+    return NoDrafter()

@@ -1,0 +1,195 @@
+"""The instance-level `generate`: decides whether a call can be accelerated, and has the stock `generate` prepare it.
+
+transformers drops some arguments on the way to a custom decoding method; what it drops (the streamer, the tokenizer for stop strings) is
+bound here. Then the stock `generate` runs with `specfx.runtime.decode.speculative_decode` as its decoding method.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+import threading
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
+
+from specfx.drafters.base import Drafter
+from specfx.drafters.make import make_drafter
+from specfx.engines.choose import Prepared
+from specfx.errors import OptionError, PromptError
+from specfx.options import CommonOptions, parse
+from specfx.runtime.decode import speculative_decode
+from specfx.runtime.stats import CallStats, Stats
+from specfx.support import require_plain_model
+
+log = logging.getLogger("specfx")
+
+
+class SpeculativeGenerate:
+    """The instance-level `generate`. State of a wrapped model: options, drafter, prepared engines, statistics.
+
+    A deep copy or a pickle holds the method and the options only; the copy prepares engines of its own at its first call.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: str | None,
+        options: dict[str, Any],
+        common: CommonOptions,
+        drafter: Drafter | None,
+        prepared: Prepared | None,
+    ) -> None:
+        self.model, self.method, self.options, self.common = model, method, options, common
+        self.drafter, self.prepared = drafter, prepared
+        self.stats = Stats()
+        self.stock_calls: Counter[str] = Counter()
+        self.lock = threading.RLock()
+        self.__doc__ = type(model).generate.__doc__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeGenerate:
+        model = memo.get(id(self.model))
+        if model is None:  # the wrapper alone is copied: it still serves the same model
+            return self
+        return SpeculativeGenerate(model, self.method, copy.deepcopy(self.options, memo), self.common, None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.model, self.method, self.options)
+
+    def ready(self) -> Prepared:
+        """The engines (and the drafter), prepared now if need be: after a copy, or when the weights have been moved or replaced."""
+        with self.lock:
+            if self.prepared is None or not self.prepared.is_current(self.model):
+                if self.prepared is not None:
+                    log.warning("specfx: the weights of %s have been replaced; preparing anew", type(self.model).__name__)
+                self.prepared, self.drafter = Prepared(self.model, self.common), None
+            if self.drafter is None:
+                self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
+            return self.prepared
+
+    def _stock(self, reason: str) -> None:
+        if reason not in self.stock_calls:
+            log.warning("specfx: served by the stock generate: %s", reason)
+        self.stock_calls[reason] += 1
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model = self.model
+        stock = functools.partial(type(model).generate, model)
+        kwargs = _as_keywords(model, args, kwargs)
+        config = _generation_config(model, kwargs)
+        reason = _not_ours(model, config, kwargs)
+        if reason is not None:
+            self._stock(reason)
+            return stock(**kwargs)
+        require_plain_model(model)  # adapters and hooks may have come since
+        _check_prompt(model, kwargs)
+        kwargs = _bind_stop_strings(config, kwargs)
+        kwargs.pop("custom_generate", None)
+        with self.lock:
+            prepared = self.ready()
+            assert self.drafter is not None
+            call = CallStats()
+            decode = functools.partial(
+                speculative_decode,
+                engine=prepared.engine,
+                drafter=self.drafter,
+                max_nodes=self.common.num_speculative_tokens,
+                stats=call,
+                record_stock=self._stock,
+                streamer=kwargs.get("streamer"),
+            )
+            try:
+                with call.timed("total"):
+                    return stock(**kwargs, custom_generate=_as_method(decode))
+            finally:
+                self.stats.record(call)
+
+
+def _as_method(decode: Any) -> Any:
+    """A plain function: transformers looks at a decoding method's parameters to find arguments of its own, and must find none."""
+
+    def decoding_method(model: PreTrainedModel, input_ids: torch.Tensor, **prepared: Any) -> Any:
+        return decode(model, input_ids, **prepared)
+
+    return decoding_method
+
+
+def _rebuild(model: PreTrainedModel, method: str | None, options: dict[str, Any]) -> SpeculativeGenerate:
+    return SpeculativeGenerate(model, method, options, parse(method, options)[0], None, None)
+
+
+def _as_keywords(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name. Raises `TypeError` where the stock `generate` would."""
+    signature = inspect.signature(type(model).generate)
+    if any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):  # a class that hands all on to transformers
+        signature = inspect.signature(GenerationMixin.generate)
+    bound = signature.bind(model, *args, **kwargs).arguments
+    named: dict[str, Any] = {}
+    for name, value in list(bound.items())[1:]:
+        named |= value if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return named
+
+
+def _generation_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The configuration as `generate` will see it: keyword arguments over the one passed over the model's."""
+    return model._prepare_generation_config(
+        kwargs.get("generation_config"), **{k: v for k, v in kwargs.items() if k != "generation_config"}
+    )[0]
+
+
+def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> str | None:
+    """Why a call goes to the stock `generate` before anything is prepared; None if it may be ours."""
+    for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
+        if kwargs.get(name) is not None:
+            return name
+    for name in ("position_ids", "past_key_values"):  # a cache of the caller's is there to be filled
+        if kwargs.get(name) is not None:
+            return f"{name} given by the caller"
+    if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
+        return "stop_strings in the model's generation_config"
+    if getattr(config, "use_mtp", False):
+        return "use_mtp"
+    mode = config.get_generation_mode(None)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return str(mode.value).replace("_", " ")
+    return None
+
+
+def _check_prompt(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    """Raise `PromptError` for an empty prompt, or one that leaves no room for a token in the model's context."""
+    prompt = kwargs.get("input_ids")
+    if prompt is None:
+        prompt = kwargs.get("inputs")
+    if not isinstance(prompt, torch.Tensor):
+        return
+    mask = kwargs.get("attention_mask")
+    if prompt.numel() == 0 or (mask is not None and mask.shape == prompt.shape and not bool(mask.any(-1).all())):
+        raise PromptError(f"the prompt is empty (input_ids of shape {list(prompt.shape)}): give at least one token in each row")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = prompt.shape[-1] if mask is None or mask.shape != prompt.shape else int(mask.sum(-1).max())
+    if isinstance(context, int) and longest >= context:
+        raise PromptError(f"the prompt has {longest} tokens, the model's context {context}: shorten the prompt")
+
+
+def _bind_stop_strings(config: GenerationConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers drops the tokenizer on the way to a custom decoding method: build the stop-string criterion here."""
+    strings = config.stop_strings
+    if strings is None:
+        return kwargs
+    tokenizer = kwargs.get("tokenizer")
+    if tokenizer is None:
+        raise OptionError("stop_strings need the tokenizer: pass tokenizer=... to generate")
+    kwargs = dict(kwargs)
+    given = kwargs.get("generation_config")
+    if given is not None and given.stop_strings is not None:
+        kwargs["generation_config"] = copy.deepcopy(given)
+        kwargs["generation_config"].stop_strings = None
+    criteria = kwargs.get("stopping_criteria") or []
+    kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    kwargs.pop("stop_strings", None)
+    return kwargs

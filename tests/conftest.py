@@ -1,0 +1,26 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+ON_ALL_CORES = ("test_smollm2",)
+"""Test files whose work is large enough for threads to help; tiny models run faster on one."""
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    if request.module.__name__ not in ON_ALL_CORES:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled engine without Inductor: its artifact is the lowered graph, run as it is."""
+    monkeypatch.setattr("specfx._compat.inductor_compile", lambda module, examples, options: module)
