@@ -7,7 +7,6 @@ so that processes that start at once don't disturb each other.
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -60,9 +59,26 @@ def _cpu_flags() -> str:
     return f"{platform.machine()} {platform.processor()} {flags}"
 
 
-@functools.cache
+_outcome: CpuKernels | LoweringError | None = None
+
+
 def load() -> CpuKernels:
-    """Build if need be, and load. Raises `LoweringError` (compiler absent or failing); the references then stay in force."""
+    """Build if need be, and load, once for the process. Raises `LoweringError` (no compiler, a build that fails, a cache folder that
+    can't be written), the same again if asked again; the references then stay in force."""
+    global _outcome
+    if _outcome is None:
+        try:
+            _outcome = _load()
+        except LoweringError as e:
+            _outcome = e
+        except OSError as e:
+            _outcome = LoweringError(f"the CPU kernels can't be stored in or loaded from {cache_dir()}: {e}; set SPECFX_CACHE")
+    if isinstance(_outcome, LoweringError):
+        raise _outcome
+    return _outcome
+
+
+def _load() -> CpuKernels:
     command = _command()
     key = hashlib.sha256("\0".join([*(s.read_text() for s in _SOURCES), *command, torch.__version__, _cpu_flags()]).encode()).hexdigest()[
         :20

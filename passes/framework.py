@@ -20,6 +20,10 @@ from torch import fx
 from specfx.errors import PassError, Reason, Refusal
 
 
+class NoMatch(PassError):
+    """A pass found too little to do."""
+
+
 @dataclass(frozen=True)
 class PassContext:
     """What passes may know beside the graph. page_size: tokens a KV page. pack: whether the CPU kernel for packed linears is there."""
@@ -105,6 +109,8 @@ def run_passes(module: fx.GraphModule, passes: Sequence[Pass], context: PassCont
         else:
             try:
                 trial, matches = _try(p, module, context)
+            except NoMatch as e:
+                refusal = Refusal(f"pass {p.name}", Reason.NOTHING_TO_DO if p.optional else Reason.PASS_FAILED, str(e))
             except Exception as e:  # a pass is somebody's code: whatever it raises, the graph stays as it was
                 refusal = Refusal(f"pass {p.name}", Reason.PASS_FAILED, f"{type(e).__name__}: {e}")
         if refusal is None:
@@ -123,7 +129,7 @@ def _try(p: Pass, module: fx.GraphModule, context: PassContext) -> tuple[fx.Grap
     trial = copy_module(module)
     matches = p.run(trial, context)
     if matches < p.min_matches:
-        raise PassError(f"{matches} matches, at least {p.min_matches} expected")
+        raise NoMatch(f"{matches} matches, at least {p.min_matches} expected")
     trial.graph.eliminate_dead_code(is_impure_node=is_impure)
     trial.graph.lint()
     p.ensures(trial, context)

@@ -46,4 +46,4 @@ def ensures(module: fx.GraphModule, context: PassContext) -> None:
             raise PassError("a materialised value is not the one that its readers read")
 
 
-materialize_shared = Pass("materialize_shared", run, ensures, min_matches=0, optional=True)
+materialize_shared = Pass("materialize_shared", run, ensures, optional=True)

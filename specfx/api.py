@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from specfx.drafters.make import make_drafter
 from specfx.engines.base import Engine
 from specfx.engines.choose import Prepared, kv_pool, packed_bytes
-from specfx.errors import OptionError, SpecfxError, UnsupportedModelError
+from specfx.errors import OptionError, Reason, Refusal, SpecfxError, UnsupportedModelError
 from specfx.generate import SpeculativeGenerate
 from specfx.options import CommonOptions, parse
 from specfx.report import Report
@@ -84,6 +84,8 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     prepared = wrapper.ready()
     engine = prepared.engine
     pages, in_use, page_size = kv_pool(engine)
+    refusals = [*prepared.refusals, *([prepared.compiling] if prepared.compiling is not None else [])]
+    refusals += [Refusal("generate", Reason.NOT_ACCELERATED, reason) for reason in wrapper.stock_calls]
     text = None
     if graph and prepared.module is not None:
         from specfx.passes.printer import normal_form
@@ -95,7 +97,7 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
         engine=engine.name,
         verifies=engine.verifies,
         passes=prepared.records,
-        refusals=tuple(prepared.refusals),
+        refusals=tuple(refusals),
         stock_calls=Counter(wrapper.stock_calls),
         packed_bytes=packed_bytes(engine),
         pages=pages,

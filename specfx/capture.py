@@ -52,16 +52,32 @@ def clone_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Storage, version, dtype and device of every parameter and saved buffer at one moment."""
+    """Where every parameter and saved buffer lies, and what it holds, at one moment.
+
+    `values` has a version counter and the sum of up to 64 numbers' bits of each: changes through ``.data`` (as adapters are merged)
+    go round the counters, and inference tensors have none.
+    """
 
     storage: tuple[tuple[int, torch.dtype, torch.device, torch.Size], ...]
-    versions: tuple[int, ...]
+    values: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
-        tensors = model.state_dict(keep_vars=True).values()
+        tensors = list(model.state_dict(keep_vars=True).values())
         storage = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors)
-        return cls(storage, tuple(0 if t.is_inference() else t._version for t in tensors))
+        samples = torch.stack([_sample(t) for t in tensors]).tolist() if tensors else []
+        versions = [0 if t.is_inference() else t._version for t in tensors]
+        return cls(storage, tuple(zip(versions, samples, strict=True)))
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """The sum of the bits of up to 64 numbers spread over `tensor`, int64 ``[]``."""
+    flat = tensor.detach().reshape(-1)
+    bits = flat[:: max(1, flat.numel() // 64)].view(_BITS[tensor.element_size()])
+    return bits.sum(dtype=torch.int64).cpu()
 
 
 def _marker_attention(

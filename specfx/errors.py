@@ -29,6 +29,10 @@ class PromptError(SpecfxError, ValueError):
     """The prompt is empty, or longer than the model's context."""
 
 
+class ModelFileError(SpecfxError, FileNotFoundError):
+    """A model's files can't be found, downloaded or read."""
+
+
 class KVPoolError(SpecfxError, MemoryError):
     """The KV page pool can't hold what was asked of it."""
 
@@ -58,8 +62,10 @@ class Reason(enum.Enum):
 
     CAPTURE_FAILED = "capture failed"
     PASS_FAILED = "a pass failed"
+    NOTHING_TO_DO = "a pass found nothing to do"
     GATE_FAILED = "the rewritten graph differs from the stock model"
     LOWERING_FAILED = "lowering failed"
+    NO_KERNEL = "no kernel for this device"
     COMPILED_DIFFERS = "the compiled artifact differs from the graph engine"
     TREES_UNVERIFIABLE = "this model can't verify draft trees"
     CHAINS_UNVERIFIABLE = "this model can't verify draft chains"

@@ -5,6 +5,7 @@ Before an engine serves, it is compared with the stock eager model, run without 
 * **single**: one row on an empty sequence (1 x 1);
 * **chains**: a prompt, a chain of drafts of which some are kept, a forward that is rolled back, single tokens;
 * **batch**: two sequences of unequal lengths in one ragged forward;
+* **long**: a causal run of more rows than a tree mask has bits and a page has tokens, and a chain behind it;
 * **trees**: a branching tree, a path with gaps committed (so keys and values are moved), another tree behind it.
 
 Sliding windows are shrunken to a few tokens on both sides, so that these short prompts cross them. No global random state is used.
@@ -33,6 +34,7 @@ FAST_MATMUL_TOLERANCE = 2e-2
 PROBE_WINDOW = 4
 """Tokens of sliding windows and attention chunks during the comparison."""
 PROMPT = 11
+LONG = 80
 PARENTS = ((-1, -1, 0, 1, 1, 4, 2, 5), (-1, 0, 0, -1, 3, 2))
 """Two trees: on the first, the path of rows 0, 2, 5, 6, 8 is committed, and the second hangs behind it."""
 PATH = (0, 2, 5, 6, 8)
@@ -51,6 +53,7 @@ def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -
             check_single(engine, stock, tokens)
             check_chains(engine, stock, tokens)
             check_batch(engine, stock, tokens)
+            check_long(engine, stock, tokens)
         if engine.verifies == "trees":
             check_trees(engine, stock, tokens)
 
@@ -155,6 +158,20 @@ def check_batch(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -
         batch = [Rows(-1, tokens[14:15], DraftTree.chain(tokens[15:17])), Rows(-2, tokens[17:18])]
         for rows, output, before in zip(batch, engine.forward(batch), befores, strict=True):
             _judge(stock, "batch", rows, output.logits, before)
+
+
+def check_long(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """A run of `LONG` rows on an empty sequence, a chain behind it; left out for models whose context is shorter."""
+    context = getattr(stock.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(context, int) and context < 2 * LONG:
+        return
+    prompt = [*tokens, *reversed(tokens), *tokens][:LONG]
+    with sequences(engine, -1, capacity=2 * LONG):
+        for start in range(0, LONG, engine.max_rows):
+            rows = Rows(-1, prompt[start : start + engine.max_rows])
+            _compare(engine, stock, "long run", rows, prompt[:start])
+            engine.commit(-1, range(rows.count))
+        _compare(engine, stock, "chain behind a long run", Rows(-1, tokens[:1], DraftTree.chain(tokens[1:4])), prompt)
 
 
 def check_trees(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:

@@ -82,18 +82,22 @@ class SpeculativeGenerate:
         stock = functools.partial(type(model).generate, model)
         kwargs = _as_keywords(model, args, kwargs)
         config = _generation_config(model, kwargs)
+        call = CallStats()
         reason = _not_ours(model, config, kwargs)
         if reason is not None:
             self._stock(reason)
-            return stock(**kwargs)
+            try:
+                with call.timed("total"):
+                    return stock(**kwargs)
+            finally:
+                self.stats.record(call)
         require_plain_model(model)  # adapters and hooks may have come since
         _check_prompt(model, kwargs)
         kwargs = _bind_stop_strings(config, kwargs)
         kwargs.pop("custom_generate", None)
-        with self.lock:
-            prepared = self.ready()
+        prepared = self.ready()
+        with prepared.lock:
             assert self.drafter is not None
-            call = CallStats()
             decode = functools.partial(
                 speculative_decode,
                 engine=prepared.engine,
@@ -152,10 +156,13 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
             return f"{name} given by the caller"
     if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
         return "stop_strings in the model's generation_config"
-    if getattr(config, "use_mtp", False):
-        return "use_mtp"
+    for name in ("use_mtp", "token_healing"):
+        if getattr(config, name, None):
+            return name
     mode = config.get_generation_mode(None)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    if mode is GenerationMode.SAMPLE:
+        return "sampling (do_sample=True)"
+    if mode is not GenerationMode.GREEDY_SEARCH:
         return str(mode.value).replace("_", " ")
     return None
 

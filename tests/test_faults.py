@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,7 +199,7 @@ def test_an_artifact_that_is_wrong_is_never_used(wrong: str, monkeypatch: pytest
 
     monkeypatch.setattr("specfx._compat.inductor_compile", compile)
     model = wrapped("auto", compile="sync")
-    assert_refused(model, "compiled engine", Reason.GATE_FAILED, "RuntimeError" if wrong == "raises" else "logits")
+    assert_refused(model, "compiled engine", Reason.COMPILED_DIFFERS, "RuntimeError" if wrong == "raises" else "logits")
     assert_sound(model, "graph")
 
 
@@ -301,6 +302,26 @@ def test_a_quantised_model() -> None:
     linear.weight = nn.Parameter(weight.detach().round().to(torch.int8), requires_grad=False)
     with unsupported(model, r"quantised \(model.layers.0.mlp.up_proj.weight is torch.int8\): load it dequantised"):
         linear.weight = weight
+
+
+class DTensor(nn.Parameter):
+    """Named as torch's distributed tensor, which a tensor-parallel model's weights are."""
+
+
+def test_a_tensor_parallel_model_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    linear = model.model.layers[0].mlp.up_proj
+    weight = linear.weight
+    linear.weight = DTensor(weight.detach(), requires_grad=False)
+    with unsupported(model, r"tensor-parallel \(model.layers.0.mlp.up_proj.weight is a DTensor\): load it without tp_plan"):
+        linear.weight = weight
+
+
+def test_a_quantised_model_is_refused() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
+    model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(quant_method="gptq"))
+    with unsupported(model, r"is quantised \(gptq\): load it dequantised"):
+        del model.hf_quantizer
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------------------------

@@ -622,10 +622,14 @@ def test_every_way_to_pass_the_prompt_and_the_configuration(wrap: Wrap) -> None:
 def test_return_dict_in_generate(wrap: Wrap) -> None:
     model = wrap(method="suffix")
     ids = prompt_of(batch=2)
-    got = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True)
+    got = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True, use_cache=False)
     assert isinstance(got, GenerateDecoderOnlyOutput)
     assert torch.equal(got.sequences, stock(model, ids, max_new_tokens=12))
     assert_ours(model)
+    got = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True)  # stock hands its cache back: only stock can
+    assert got.past_key_values.get_seq_length() == ids.shape[1] + 11
+    assert sum(specfx.explain(model).stock_calls.values()) == 1
+    model = wrap(method="suffix")
     got = model.generate(ids, max_new_tokens=12, output_scores=True)  # without return_dict there is nothing to put them in
     assert torch.equal(got, stock(model, ids, max_new_tokens=12))
 

@@ -213,7 +213,7 @@ def test_a_fingerprint_notices_changed_weights() -> None:
         model.lm_head.weight.mul_(1.5)
     changed = Fingerprint.of(model)
     assert changed.storage == before.storage
-    assert changed.versions != before.versions
+    assert changed.values != before.values
     assert Fingerprint.of(model.to(torch.float64)).storage != before.storage
 
 

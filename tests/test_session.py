@@ -67,6 +67,7 @@ class FakeEngine:
     tells_hidden: bool = True
     raises: dict[str, int] = field(default_factory=dict)
     name: str = "fake"
+    max_rows: int = 512
     kept: dict[int, list[int]] = field(default_factory=dict)
     capacity: dict[int, int] = field(default_factory=dict)
     fresh: dict[int, list[list[int]]] = field(default_factory=dict)

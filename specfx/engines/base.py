@@ -66,6 +66,9 @@ class Engine(Protocol):
     verifies: str
     """What it can verify: "trees", "chains" or "nothing" (then the stock `generate` serves the call)."""
 
+    max_rows: int
+    """Most rows of a causal run that one forward should take, for its memory's sake."""
+
     def add(self, seq: int, capacity: int) -> None:
         """Reserve room for `capacity` tokens of a new sequence. Raises `KVPoolError` before anything is changed."""
 

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ from specfx.errors import CaptureError, GateError, LoweringError, PassError, Rea
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.pack_linears import pack_linears
 from specfx.passes.pipeline import LOWERING, REWRITE
 
 log = logging.getLogger("specfx")
@@ -62,6 +64,7 @@ class Prepared:
 
     def __init__(self, model: PreTrainedModel, options: CommonOptions) -> None:
         self.options = options
+        self.lock = threading.RLock()  # held while a call uses the engines, whichever wrapper it came through
         self.fingerprint = Fingerprint.of(model)
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
@@ -69,7 +72,8 @@ class Prepared:
         self.module: fx.GraphModule | None = None
         self._packs = False
         self._engine: Engine | None = None
-        self._ready: Engine | None = None
+        self._ready: CompiledEngine | None = None
+        self._compile_started = 0.0
         self._thread: threading.Thread | None = None
         _check_pass_names(options.disable_passes)
         if options.engine != "eager":
@@ -86,6 +90,7 @@ class Prepared:
             else:
                 self._thread = threading.Thread(target=self._compile, args=(stock,), name="specfx-compile", daemon=True)
                 _compiling.add(self._thread)
+                self._compile_started = time.perf_counter()
                 self._thread.start()
 
     @property
@@ -93,13 +98,20 @@ class Prepared:
         """The engine for the next call: a compiled one that has become ready takes over here."""
         ready = self._ready
         if ready is not None:
+            if ready.packed_at != self.fingerprint:
+                ready.refresh()
             self._engine, self._ready = ready, None
         assert self._engine is not None
         return self._engine
 
     @property
-    def compiling(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def compiling(self) -> Refusal | None:
+        """Why the compiled engine does not serve yet: it is being built. None if it is not being built."""
+        if self._thread is None or not self._thread.is_alive():
+            return None
+        seconds = time.perf_counter() - self._compile_started
+        detail = f"being built in the background for {seconds:.0f} s"
+        return Refusal("compiled engine", Reason.ENGINE_NOT_READY, detail, 'wait, or compile="sync"')
 
     def wait(self) -> None:
         """Until a background compilation has ended."""
@@ -114,8 +126,8 @@ class Prepared:
         finally:
             self.seconds[stage] = time.perf_counter() - started
 
-    def _refuse(self, stage: str, error: Exception, remedy: str = "") -> None:
-        reason = next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
+    def _refuse(self, stage: str, error: Exception, remedy: str = "", reason: Reason | None = None) -> None:
+        reason = reason or next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
         detail = str(error) if isinstance(error, SpecfxError) and str(error) else f"{type(error).__name__}: {error}"
         refusal = Refusal(stage, reason, detail, remedy)
         self.refusals.append(refusal)
@@ -135,9 +147,10 @@ class Prepared:
             if not _serves(result.module):
                 failed = result.failed or result.records[-1]
                 raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
-            if result.failed is not None and result.failed.refusal is not None:
-                self.refusals.append(result.failed.refusal)
+            self.refusals += [r.refusal for r in result.records if r.refusal is not None]
             self._load_kernels(model.device)
+            if model.device.type != "cpu" and options.engine == "auto":
+                raise LoweringError(f"specfx's ops have no kernels for {model.device.type} yet, and their references are slow")
             with self._timed("gate"):
                 stock = clone_sharing_storage(model)
                 shrunken = gate.with_shrunken_windows(result.module)
@@ -162,15 +175,32 @@ class Prepared:
         assert self.module is not None
         context = PassContext(self.options.page_size, self._packs)
         try:
+            packed_at = Fingerprint.of(stock)
             with self._timed("compile"):
                 compiled = CompiledEngine(self.module, context, self.options.disable_passes, "auto", stock.device)
             with self._timed("first use"):
-                _prove(compiled, stock, shrink_windows=False)
+                while True:  # once, but again if the weights change meanwhile
+                    if (now := Fingerprint.of(stock)) != packed_at:
+                        compiled.refresh()
+                        packed_at = now
+                    try:
+                        _prove(compiled, stock, shrink_windows=False)
+                        break
+                    except GateError:
+                        if Fingerprint.of(stock) == packed_at:
+                            raise
             compiled.resize_pool(self.options.kv_pool)
+            compiled.packed_at = packed_at
+        except GateError as e:
+            self._refuse("compiled engine", e, reason=Reason.COMPILED_DIFFERS)
+            return
         except Exception as e:  # in a thread of its own nobody would hear of it
             self._refuse("compiled engine", e)
             return
-        self.refusals += [r.refusal for r in compiled.records if r.refusal is not None]
+        for refusal in (r.refusal for r in compiled.records):
+            if refusal is not None and refusal.reason is not Reason.NOTHING_TO_DO:
+                packing = refusal.stage == f"pass {pack_linears.name}" and refusal.reason is Reason.PASS_FAILED
+                self.refusals.append(replace(refusal, reason=Reason.WEIGHTS_NOT_PACKED) if packing else refusal)
         self.records += compiled.records
         self._ready = compiled
 
@@ -179,11 +209,11 @@ class Prepared:
         now = Fingerprint.of(model)
         if now.storage != self.fingerprint.storage:
             return False
-        if now.versions != self.fingerprint.versions:
-            self.wait()
-            if isinstance(self.engine, CompiledEngine):
-                self.engine.refresh()
+        if now.values != self.fingerprint.values:
             self.fingerprint = now
+            if isinstance(self._engine, CompiledEngine):
+                self._engine.refresh()
+                self._engine.packed_at = now
         return True
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from specfx import _compat
+from specfx.capture import Fingerprint
 from specfx.engines.paged import PagedEngine
 from specfx.errors import LoweringError
 from specfx.passes.framework import PassContext, PassRecord, run_passes
@@ -43,6 +44,7 @@ class CompiledEngine(PagedEngine):
         except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
             raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
         super().__init__("compiled", lowered.module, call, pool_size, device)
+        self.packed_at: Fingerprint | None = None  # the weights that the packed ones are of
 
     def refresh(self) -> None:
         """Follow in-place changes of the weights: pack them again. The other weights are the model's own."""

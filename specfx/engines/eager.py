@@ -65,6 +65,7 @@ class EagerEngine:
     """
 
     name = "eager"
+    max_rows = 4096
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PreTrainedModel | None = None

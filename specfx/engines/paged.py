@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 
 from specfx.engines.base import Rows, RowsOutput
 from specfx.kernels.library import REFERENCES
-from specfx.passes.framework import copy_module
+from specfx.passes.framework import calls, copy_module, placeholder
 from specfx.runtime.kv_pool import KVPool, LayerShape
 from specfx.runtime.tree import MAX_ROWS
+
+aten = torch.ops.aten
+_MOST_ROWS = 4096
+_GATHERED_BYTES = 1 << 30
 
 Call = Callable[..., Sequence[Tensor]]
 
@@ -31,6 +36,21 @@ def on_references(module: fx.GraphModule) -> fx.GraphModule:
             node.target = REFERENCES[node.target]
     module.recompile()
     return module
+
+
+def most_rows(module: fx.GraphModule) -> int:
+    """Rows for which gathered expert weights (a copy for each row and expert that it chose) stay within `_GATHERED_BYTES`."""
+    ids = placeholder(module, "input_ids")
+    assert ids is not None
+    rows = ids.meta["val"].shape[1].node.expr
+    widest = 1
+    for node in calls(module, aten.index.Tensor, aten.index_select.default):
+        source, value = node.args[0], node.meta["val"]
+        if isinstance(source, fx.Node) and source.op == "get_attr" and value.dim() == 3 and isinstance(value.shape[0], torch.SymInt):
+            experts_a_row = sympy.simplify(value.shape[0].node.expr / rows)
+            if experts_a_row.is_number:
+                widest = max(widest, int(experts_a_row) * value.shape[1] * value.shape[2] * value.element_size())
+    return max(1, min(_MOST_ROWS, _GATHERED_BYTES // widest))
 
 
 def _as_int64(word: int) -> int:
@@ -51,6 +71,7 @@ class PagedEngine:
         self.pool = KVPool(shapes, pools[0].meta["val"].shape[1], pool_size, device)
         self._selects = "logit_rows" in self.inputs
         self._device = device
+        self.max_rows = most_rows(module)
 
     def resize_pool(self, size: str | int | float) -> None:
         """A new, empty pool; sequences in the old one are lost."""

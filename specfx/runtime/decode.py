@@ -59,14 +59,14 @@ def stock_reason(
     inputs: dict[str, Any],
 ) -> str | None:
     """Why this call goes to the stock method; None if it is accelerated."""
-    if config.do_sample:
-        return "sampling (do_sample=True)"
     if engine.verifies == "nothing":
         return "no engine can verify drafts on this model"
     if config.return_dict_in_generate:
         asked = [n for n in ("output_scores", "output_logits", "output_attentions", "output_hidden_states") if getattr(config, n, False)]
         if asked:
             return ", ".join(asked)
+        if config.use_cache is not False:  # stock hands its cache back, and pages are none
+            return "return_dict_in_generate with past_key_values (pass use_cache=False if you don't need them)"
     if config.cache_implementation is not None:
         return f"cache_implementation={config.cache_implementation!r}"
     cache = inputs.get("past_key_values")
@@ -170,9 +170,11 @@ def speculative_decode(
     runtime = Runtime(engine, drafter, max_nodes, stats)
     generated: dict[int, list[int]] = {}
     try:
-        for i, (row, pad) in enumerate(zip(rows, pads, strict=True)):
+        seqs = [runtime.reserve(len(row) - pad, limit - len(row)) for row, pad in zip(rows, pads, strict=True)]
+        for i, (row, pad, seq) in enumerate(zip(rows, pads, seqs, strict=True)):
             stop = _Stop(row, stopping_criteria, input_ids.device)
-            first = runtime.add(row[pad:], limit - len(row), stop, _of_row(logits_processor, i), row)
+            processor = _of_row(logits_processor, i)
+            first = runtime.add(row[pad:], limit - len(row), stop, processor, seen=row, seq=seq, device=input_ids.device)
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)
         while runtime.sequences:

@@ -43,7 +43,8 @@ class _Sequence:
 def free_memory(device: torch.device) -> int:
     """Bytes that a pool could take on `device` now."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch's allocator for such needs
+        return torch.cuda.mem_get_info(device)[0] + unused
     import os
 
     with open("/proc/meminfo") as f:

@@ -34,7 +34,7 @@ _ids = itertools.count()
 @dataclass
 class SequenceState:
     """State of one sequence. tokens: prompt and all committed tokens; the last one is pending (its forward has not happened).
-    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens)."""
+    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens), on the caller's `device`."""
 
     id: int
     tokens: list[int]
@@ -42,6 +42,7 @@ class SequenceState:
     remaining: int
     stop: Callable[[int], bool]
     processor: Processor | None
+    device: torch.device | None
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class _Choices:
 def choose(sequence: SequenceState, logits: Tensor) -> int:
     """The greedy token after the sequence's tokens, through its processor. logits: ``[V]``."""
     assert sequence.processor is not None
-    prefix = torch.tensor([sequence.seen], device=logits.device)
-    return int(sequence.processor(prefix, logits[None].float()).argmax(-1))
+    prefix = torch.tensor([sequence.seen], device=sequence.device)
+    return int(sequence.processor(prefix, logits[None].to(sequence.device, torch.float32)).argmax(-1))
 
 
 class Runtime:
@@ -83,6 +84,14 @@ class Runtime:
     def __init__(self, engine: Engine, drafter: Drafter, max_nodes: int, stats: CallStats) -> None:
         self.engine, self.drafter, self.max_nodes, self.stats = engine, drafter, max_nodes, stats
         self.sequences: dict[int, SequenceState] = {}
+        self._reserved: set[int] = set()
+
+    def reserve(self, prompt_length: int, max_new_tokens: int) -> int:
+        """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done."""
+        seq = next(_ids)
+        self.engine.add(seq, prompt_length + max_new_tokens + self.max_nodes + 1)
+        self._reserved.add(seq)
+        return seq
 
     def add(
         self,
@@ -91,15 +100,17 @@ class Runtime:
         stop: Callable[[int], bool],
         processor: Processor | None = None,
         seen: Sequence[int] | None = None,
+        seq: int | None = None,
+        device: torch.device | None = None,
     ) -> Committed:
         """Prefill a new sequence and commit its first token.
 
-        stop: called once with each new token, in order; True ends the sequence there. Raises `KVPoolError` before anything is done,
-        and leaves nothing behind whatever it raises.
+        stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
+        reserved now. device: where the processor is shown the tokens. Raises `KVPoolError` before anything is done, and leaves
+        nothing behind whatever it raises.
         """
-        seq = next(_ids)
-        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor)
-        self.engine.add(seq, len(prompt) + max_new_tokens + self.max_nodes + 1)
+        seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
+        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor, device)
         try:
             self.drafter.add(seq, prompt)
             self.sequences[seq] = sequence
@@ -115,8 +126,9 @@ class Runtime:
 
     def _prefill(self, seq: int, prompt: Sequence[int]) -> tuple[RowsOutput, Tensor | None]:
         hidden: list[Tensor] = []
-        for start in range(0, len(prompt), PREFILL_CHUNK):
-            chunk = prompt[start : start + PREFILL_CHUNK]
+        size = min(PREFILL_CHUNK, self.engine.max_rows)
+        for start in range(0, len(prompt), size):
+            chunk = prompt[start : start + size]
             output = self.engine.forward([Rows(seq, chunk, last_only=True)])[0]
             self.engine.commit(seq, range(len(chunk)))
             if self.drafter.needs_hidden and output.hidden is not None:
@@ -124,8 +136,14 @@ class Runtime:
         return output, torch.cat(hidden) if hidden else None
 
     def step(self) -> list[Committed]:
-        """One step of every sequence; see the module's docstring."""
-        active = list(self.sequences.values())
+        """One step of every sequence; see the module's docstring. Whatever it raises, all sequences are removed: none is half done."""
+        try:
+            return self._step(list(self.sequences.values()))
+        except BaseException:
+            self.close()
+            raise
+
+    def _step(self, active: list[SequenceState]) -> list[Committed]:
         if not active:
             return []
         with self.stats.timed("draft"):
@@ -176,10 +194,11 @@ class Runtime:
     def remove(self, seq: int) -> None:
         """Free everything of `seq`; unknown ids are ignored."""
         self.sequences.pop(seq, None)
+        self._reserved.discard(seq)
         self.engine.remove(seq)
         self.drafter.remove(seq)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""
-        for seq in list(self.sequences):
+        for seq in [*self.sequences, *self._reserved]:
             self.remove(seq)

@@ -13,7 +13,7 @@ STAGES = ("prefill", "draft", "forward", "accept", "total")
 
 @dataclass
 class CallStats:
-    """Counters of one call, or of many added up.
+    """Counters of one call, or of many added up. A call that the stock method served has its total time and nothing else.
 
     tokens: new tokens. forwards: target forwards of decode steps (a batch is one forward); prefills: prompts run. steps: decode steps
     counted for each sequence. proposed, accepted: drafted tokens by depth (index 0: first drafted token). seconds: wall time by stage;
