@@ -22,8 +22,9 @@ from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.pack_linears import repack
 from specfx.passes.pipeline import LOWERING
 
-_INDUCTOR = {"size_asserts": False, "alignment_asserts": False}
-"""Inputs are bound by `PagedEngine` alone; checking each of several hundred at every call costs a tenth of a small model's step.
+_INDUCTOR = {"size_asserts": False, "alignment_asserts": False, "emulate_precision_casts": True}
+"""Inputs are bound by `PagedEngine` alone; checking each of several hundred at every call costs a tenth of a small model's step. Rounding
+to 16 bits between ops is kept where fusion would skip it: it costs nothing here, and keeps closer to the stock model's numbers.
 (The number of threads goes in by name too: kernels are generated for it, and Inductor's cache key does not hold it otherwise.)"""
 
 
