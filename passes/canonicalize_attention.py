@@ -15,7 +15,7 @@ from torch import fx
 
 from specfx.errors import PassError
 from specfx.kernels.attention import attention
-from specfx.passes.framework import Pass, PassContext, calls, insert_call
+from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_call
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -37,9 +37,7 @@ def _evaluate(node: fx.Node, rows: int, cache: dict[fx.Node, Any]) -> Any:
             raise PassError(f"an attention mask depends on the values of {node.target}")
         value: Any = torch.arange(rows, device=node.meta["val"].device)[None]
     elif node.op == "get_attr":
-        value = node.graph.owning_module
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
+        value = attribute(node.graph.owning_module, str(node.target))
     elif node.op == "call_function":
         if node.target in (aten.embedding.default, aten.linear.default, *_MATMUL):
             raise PassError("an attention mask is computed from the tokens")

@@ -75,14 +75,25 @@ class PipelineResult:
         return any(r.name == name and r.applied for r in self.records)
 
 
+def attribute(module: torch.nn.Module, name: str) -> Any:
+    """What a ``get_attr`` node with target `name` reads."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module with a graph of its own and the same weights (shared, not copied)."""
+    """A graph module with a graph and submodules of its own and the same weights (shared, not copied).
+
+    Submodules of its own, because tracing one copy puts stand-ins in the places of its weights, while another may be running.
+    """
     graph = fx.Graph()
     result = graph.graph_copy(module.graph, {})
     graph.output(result)
     old, new = module.graph.output_node(), graph.output_node()
     new.meta = dict(old.meta)
-    copy = fx.GraphModule(module, graph)
+    copy = fx.GraphModule({str(n.target): attribute(module, str(n.target)) for n in graph.find_nodes(op="get_attr")}, graph)
     copy.meta = dict(module.meta)
     return copy
 

@@ -2,7 +2,7 @@
 
 `aten.linear` over a bf16 weight becomes `specfx::packed_linear`; query, key and value (or gate and up) projections of one input are
 packed behind each other and computed in one call, their outputs taken apart as views. The packed weight is an attribute
-``packed_{i}`` whose module remembers its sources in ``meta["packed"]``, so that `repack` can follow in-place changes of the weights.
+``packed_{i}``; the module remembers in ``meta["packed"]`` what weights it was made of, so that `repack` can follow changes in place.
 """
 
 from __future__ import annotations
@@ -14,32 +14,25 @@ from torch import Tensor, fx
 
 from specfx.errors import PassError
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear
-from specfx.passes.framework import Pass, PassContext, calls, insert_call
+from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_call
 
 aten = torch.ops.aten
 
 
-def _attribute(module: fx.GraphModule, name: str) -> Tensor:
-    value = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value  # type: ignore[return-value]
-
-
-def _fused(module: fx.GraphModule, names: tuple[str, ...]) -> Tensor:
-    return pack(torch.cat([_attribute(module, n) for n in names]))
+def _fused(weights: tuple[Tensor, ...]) -> Tensor:
+    return pack(torch.cat(weights))
 
 
 def repack(module: fx.GraphModule) -> None:
     """Pack again, in place, from the present values of the weights."""
     with torch.no_grad():
-        for name, sources in module.meta.get("packed", {}).items():
-            _attribute(module, name).copy_(_fused(module, sources))
+        for name, weights in module.meta.get("packed", {}).items():
+            attribute(module, name).copy_(_fused(weights))
 
 
 def _packable(node: fx.Node, module: fx.GraphModule) -> bool:
     weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-    if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and can_pack(_attribute(module, str(weight.target)))):
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and can_pack(attribute(module, str(weight.target)))):
         return False
     return bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr")
 
@@ -53,22 +46,22 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
             groups[node.args[0], len(node.args) > 2 and node.args[2] is not None].append(node)  # type: ignore[index]
     if not groups:
         raise PassError("no linear has a bfloat16 weight on the CPU whose input width is a multiple of 32")
-    packed: dict[str, tuple[str, ...]] = {}
+    packed: dict[str, tuple[Tensor, ...]] = {}
     for index, ((x, biased), nodes) in enumerate(groups.items()):
-        sources = tuple(str(n.args[1].target) for n in nodes)  # type: ignore[union-attr]
+        sources = tuple(attribute(module, str(n.args[1].target)) for n in nodes)  # type: ignore[union-attr]
         widths = [n.meta["val"].shape[-1] for n in nodes]
         name = f"packed_{index}"
-        weight = _fused(module, sources)
+        weight = _fused(sources)
         module.register_buffer(name, weight, persistent=False)
         packed[name] = sources
         stack = nodes[0].meta.get("nn_module_stack")
         # The input of the group is computed before its first member, and so are the weights (attributes of the graph).
         with module.graph.inserting_before(nodes[0]):
-            attribute = module.graph.get_attr(name)
-            attribute.meta["val"] = x.meta["val"].fake_mode.from_tensor(weight, static_shapes=True)
+            constant = module.graph.get_attr(name)
+            constant.meta["val"] = x.meta["val"].fake_mode.from_tensor(weight, static_shapes=True)
             biases = [module.graph.node_copy(n.args[2]) for n in nodes] if biased else []  # type: ignore[arg-type]
             bias = None if not biases else biases[0] if len(biases) == 1 else insert_call(module.graph, aten.cat.default, biases)
-            new = [insert_call(module.graph, packed_linear, x, attribute, bias, sum(widths))]
+            new = [insert_call(module.graph, packed_linear, x, constant, bias, sum(widths))]
             parts = new if len(nodes) == 1 else []
             if len(nodes) > 1:
                 offset = 0

@@ -18,7 +18,7 @@ from specfx import _compat
 from specfx.capture import Fingerprint
 from specfx.engines.paged import PagedEngine
 from specfx.errors import LoweringError
-from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.framework import PassContext, PassRecord, copy_module, run_passes
 from specfx.passes.pack_linears import repack
 from specfx.passes.pipeline import LOWERING
 
@@ -37,7 +37,8 @@ class CompiledEngine(PagedEngine):
     def __init__(
         self, module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...], pool_size: str | int | float, device: torch.device
     ) -> None:
-        lowered = run_passes(module, LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
+        # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
+        lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
         self.records: tuple[PassRecord, ...] = lowered.records
         examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
         try:
