@@ -130,6 +130,7 @@ inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::o
   if (bias.has_value()) wide = bias->to(at::kFloat).contiguous();
   const PackedLinear linear{static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<const uint16_t*>(packed.const_data_ptr()),
                             wide ? wide->const_data_ptr<float>() : nullptr, static_cast<uint16_t*>(out.mutable_data_ptr()), m, n, k, row_blocks};
+  if (m == 0) return out;
   at::parallel_for(0, column_blocks, 1, [&](int64_t begin, int64_t end) { linear.run(begin, end); });
   return out;
 }
