@@ -67,7 +67,7 @@ def test_every_method_gives_the_tokens_of_stock_generate(smollm2, stock, engine)
 
 def test_drafts_that_repeat_the_prompt_save_forwards(smollm2):
     model, tokenizer = smollm2
-    text = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau. " * 4
+    text = "The cat sat on the mat. The dog sat on the log. " * 8
     inputs = tokenizer(text, return_tensors="pt")
     with specfx.speculating(model, "suffix", engine="graph"):
         model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
