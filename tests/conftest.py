@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from specfx.errors import LoweringError
+from specfx.kernels import cpu_build
+
 ON_ALL_CORES = ("test_smollm2",)
 """Test files whose work is large enough for threads to help; tiny models run faster on one."""
 
@@ -24,3 +27,12 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled engine without Inductor: its artifact is the lowered graph, run as it is."""
     monkeypatch.setattr("specfx._compat.inductor_compile", lambda module, examples, options: module)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> cpu_build.CpuKernels:
+    """The CPU kernels, loaded; a test that asks for them is skipped where they can't be built."""
+    try:
+        return cpu_build.load()
+    except LoweringError as e:
+        pytest.skip(str(e))

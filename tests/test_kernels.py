@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
 from specfx.kernels.attention import attention, attention_reference
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference, unpack
@@ -26,22 +25,6 @@ from specfx.kernels.tree_attention import tree_attention_, tree_attention_refere
 
 PROPERTY = settings(max_examples=60, deadline=None)
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def kernels() -> cpu_build.CpuKernels:
-    try:
-        return cpu_build.load()
-    except LoweringError as e:
-        pytest.skip(str(e))
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from specfx.engines.base import Rows
 from specfx.engines.choose import Prepared
 from specfx.engines.compiled import CompiledEngine
 from specfx.engines.paged import PagedEngine, graph_engine
-from specfx.errors import LoweringError, Reason
+from specfx.errors import Reason
 from specfx.kernels import cpu_build
 from specfx.kernels.tree_attention import tree_attention_
 from specfx.options import CommonOptions
@@ -45,14 +45,6 @@ def _fresh_inductor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def kernels() -> cpu_build.CpuKernels:
-    try:
-        return cpu_build.load()
-    except LoweringError as e:
-        pytest.skip(str(e))
 
 
 @pytest.fixture(scope="module")
