@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from specfx.cache import cache_dir
 from specfx.errors import LoweringError
 
 _SOURCE = Path(__file__).parent / "cpu" / "ops.cpp"
@@ -29,12 +30,6 @@ class CpuKernels:
 
     path: Path
     packs: bool
-
-
-def cache_dir() -> Path:
-    """Where specfx keeps what it builds: ``$SPECFX_CACHE``, else ``$XDG_CACHE_HOME/specfx``, else ``~/.cache/specfx``."""
-    root = os.environ.get("SPECFX_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "specfx"
 
 
 def _command() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter
 from specfx.engines.base import Engine
 from specfx.engines.choose import Prepared, kv_pool, packed_bytes
@@ -27,8 +28,8 @@ from specfx.support import require_plain_model
 def speculate(model: PreTrainedModel, method: str | None = None, **options: Any) -> PreTrainedModel:
     """Make `model.generate` speculative and return the same object.
 
-    method: None (plain decoding through specfx's engine), "suffix" (continuations seen before in prompt and output), or "mtp" (a
-    DeepSeek-V3-style next-n head, ``head=PATH``). options: see `specfx.options` for the common ones and those of each method.
+    method: None (plain decoding through specfx's engine), "suffix" (what followed earlier in prompt, output and earlier outputs), or "mtp"
+    (a DeepSeek-V3-style next-n head, ``head=PATH``). options: see `specfx.options` for the common ones and those of each method.
     Calling it again changes method and options; engines already prepared are kept where the options allow.
 
     Raises `OptionError` for a wrong method or option, `HeadError` for a head that doesn't fit, `UnsupportedModelError` for models
@@ -85,6 +86,8 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     engine = prepared.engine
     pages, in_use, page_size = kv_pool(engine)
     refusals = [*prepared.refusals, *([prepared.compiling] if prepared.compiling is not None else [])]
+    if wrapper.drafter is not None:
+        refusals += wrapper.drafter.refusals
     refusals += [Refusal("generate", Reason.NOT_ACCELERATED, reason) for reason in wrapper.stock_calls]
     text = None
     if graph and prepared.module is not None:
@@ -113,6 +116,14 @@ def stats(model: PreTrainedModel) -> Stats:
     return _require_wrapper(model).stats
 
 
+def drafter_of(model: PreTrainedModel) -> Drafter:
+    """The drafter that serves `model`: ``drafter_of(model).save(path)`` keeps what a `SuffixDrafter` has learned, say."""
+    wrapper = _require_wrapper(model)
+    wrapper.ready()
+    assert wrapper.drafter is not None
+    return wrapper.drafter
+
+
 def engine_of(model: PreTrainedModel) -> Engine:
     """The engine that serves the next call (for benchmarks and tests)."""
     return _require_wrapper(model).ready().engine
@@ -135,4 +146,4 @@ def _same_engine(a: CommonOptions, b: CommonOptions) -> bool:
     return all(getattr(a, f) == getattr(b, f) for f in fields)
 
 
-__all__ = ["SpecfxError", "engine_of", "explain", "restore", "speculate", "speculating", "stats"]
+__all__ = ["SpecfxError", "drafter_of", "engine_of", "explain", "restore", "speculate", "speculating", "stats"]

@@ -41,6 +41,10 @@ class HeadError(SpecfxError, ValueError):
     """A draft head is missing, misshapen, incomplete, or of another precision than its target."""
 
 
+class SuffixCacheError(SpecfxError, ValueError):
+    """A saved suffix cache can't be read or written, is damaged, or belongs to another model."""
+
+
 class PassError(SpecfxError):
     """An FX pass can't be applied; the runner rolls the graph back."""
 
@@ -72,6 +76,7 @@ class Reason(enum.Enum):
     NOT_ACCELERATED = "this call is not accelerated"
     ENGINE_NOT_READY = "the compiled engine is still being built"
     SWITCHED_OFF = "switched off by the user"
+    NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"
 
 

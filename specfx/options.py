@@ -67,23 +67,32 @@ class NoneOptions:
 class SuffixOptions:
     """``method="suffix"``, named as in ArcticInference where they mean the same.
 
-    max_tree_depth: longest context that is matched. max_spec_factor, max_spec_offset: a draft continues at most
-    ``factor * match + offset`` tokens. min_token_prob: a node is drafted only if its estimated path probability is at least this.
-    use_tree_spec: trees, or the most probable chain.
+    max_tree_depth: longest context that is matched, ``1 .. 2048``. max_spec_factor, max_spec_offset: a draft continues at most
+    ``factor * match + offset`` tokens (default: as far as it is probable). min_token_prob: a node is drafted only if its estimated path
+    probability is at least this. use_tree_spec: trees, or the most probable chain. max_cached_requests: earlier outputs to draft from
+    (-1: as many as fit, 0: none). max_cached_tokens: tokens of them, about 60 bytes each. cache: a file of `SuffixDrafter.save` to
+    start from.
     """
 
     max_tree_depth: int = 64
-    max_spec_factor: float = 2.0
+    max_spec_factor: float = math.inf
     max_spec_offset: float = 0.0
-    min_token_prob: float = 0.2
+    min_token_prob: float = 0.12
     use_tree_spec: bool = True
+    max_cached_requests: int = -1
+    max_cached_tokens: int = 1_000_000
+    cache: str | Path | None = None
 
     def __post_init__(self) -> None:
-        _check(type(self.max_tree_depth) is int and self.max_tree_depth >= 2, "max_tree_depth", self.max_tree_depth, "must be an int >= 2")
-        _check(0 <= self.max_spec_factor < math.inf, "max_spec_factor", self.max_spec_factor, "must be finite and >= 0")
+        depth = self.max_tree_depth
+        _check(type(depth) is int and 1 <= depth <= 2048, "max_tree_depth", depth, "must be an int in 1..2048")
+        _check(self.max_spec_factor >= 0, "max_spec_factor", self.max_spec_factor, "must be >= 0")
         _check(math.isfinite(self.max_spec_offset), "max_spec_offset", self.max_spec_offset, "must be finite")
         _check(isinstance(self.use_tree_spec, bool), "use_tree_spec", self.use_tree_spec, "must be True or False")
         _check(0 < self.min_token_prob <= 1, "min_token_prob", self.min_token_prob, "must be in (0, 1]")
+        requests, tokens = self.max_cached_requests, self.max_cached_tokens
+        _check(type(requests) is int and requests >= -1, "max_cached_requests", requests, "must be an int >= 0, or -1 for no limit")
+        _check(type(tokens) is int and 0 <= tokens < 2**24, "max_cached_tokens", tokens, f"must be an int in 0..{2**24 - 1}")
 
 
 @dataclass(frozen=True)

@@ -82,18 +82,19 @@ class Oracle:
 
     name = "oracle"
     needs_hidden = False
+    refusals = ()
 
     def __init__(self, texts: Sequence[Sequence[int]], wrong_every: int = 3) -> None:
         self.texts, self.wrong_every, self.asked = [list(t) for t in texts], wrong_every, 0
         self.known: dict[int, list[int]] = {}
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self.known[seq] = list(prompt)
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: Any) -> None:
         self.known[seq] += tokens
 
-    def remove(self, seq: int) -> None:
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         self.known.pop(seq, None)
 
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:

@@ -140,7 +140,7 @@ class FakeDrafter:
 
     _maybe_raise = FakeEngine._maybe_raise
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self._maybe_raise("add")
         assert seq not in self.known
         self.known[seq], self.prompts[seq] = list(prompt), len(prompt)
@@ -165,7 +165,7 @@ class FakeDrafter:
         self.proposals += [(list(self.known[s]), b, t) for s, b, t in zip(seqs, budgets, trees, strict=True)]
         return trees
 
-    def remove(self, seq: int) -> None:
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         self.known.pop(seq, None)
 
 

@@ -107,8 +107,8 @@ def run(
     steps_of: dict[str, Any] = {}
     for arm in arms:
         with report.Progress(f"{arm.name}: capture, compile, decode"):
-            start(target, arm)
-            for _ in range(2):  # the first call warms up
+            for _ in range(2):  # the first call warms up; each begins with a drafter that has seen nothing
+                start(target, arm)
                 generate(target, arm, prompt, max_new_tokens)
             stats = specfx.stats(target)
             steps_of[arm.name] = {

@@ -2,12 +2,12 @@
 
 Life of a sequence, as the runtime drives it::
 
-    drafter.add(seq, prompt)                       # x_0 .. x_{P-1}
+    drafter.add(seq, prompt, ends)                 # x_0 .. x_{P-1}, and the tokens that end the sequence
     drafter.accept(seq, [x_P], hidden[P, H])       # after prefill: one new token, hidden rows of the whole prompt
     while not done:
         tree = drafter.propose([seq], [budget])[0] # continuations of everything known so far
         drafter.accept(seq, new_tokens, hidden)    # n accepted tokens (bonus included), hidden [n, H]
-    drafter.remove(seq)
+    drafter.remove(seq, last)                      # with the last tokens, which `accept` was not told
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Protocol
 
 import torch
 
+from specfx.errors import Refusal
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 
@@ -27,8 +28,13 @@ class Drafter(Protocol):
     needs_hidden: bool
     """Whether `accept` must be given the target's hidden states (else it gets None)."""
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
-        """A new sequence with its prompt. Raises `ValueError` if `seq` is already in use."""
+    @property
+    def refusals(self) -> Sequence[Refusal]:
+        """What the drafter can't do as fast as it could, for the report."""
+
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
+        """A new sequence with its prompt. ends: tokens that end it, after which nothing is worth drafting. Raises `ValueError` if `seq`
+        is already in use."""
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
         """`tokens` ``[n]`` were committed after all that was known.
@@ -40,8 +46,9 @@ class Drafter(Protocol):
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
         """One tree for each of `seqs`, of at most ``budgets[i]`` nodes; an empty tree where nothing is worth verifying."""
 
-    def remove(self, seq: int) -> None:
-        """Forget `seq`. Unknown ids are ignored, so that clean-up after a failure is always safe."""
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
+        """Forget `seq`, after the tokens `last` with which it ended. Unknown ids are ignored, so that clean-up after a failure is
+        always safe."""
 
 
 class NoDrafter:
@@ -49,8 +56,9 @@ class NoDrafter:
 
     name = "none"
     needs_hidden = False
+    refusals: Sequence[Refusal] = ()
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         pass
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
@@ -59,5 +67,5 @@ class NoDrafter:
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
         return [EMPTY_TREE] * len(seqs)
 
-    def remove(self, seq: int) -> None:
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         pass

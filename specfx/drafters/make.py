@@ -11,11 +11,13 @@ from specfx.options import CommonOptions, MtpOptions, SuffixOptions
 
 
 def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Drafter:
-    """The drafter that the method's options `own` describe, for the target `model`. Raises `HeadError` for a head that doesn't fit."""
+    """The drafter that the method's options `own` describe, for the target `model`. Raises `HeadError` for a head that doesn't fit,
+    `SuffixCacheError` for a suffix cache that can't be loaded."""
     if isinstance(own, SuffixOptions):
-        from specfx.drafters.suffix import SuffixDrafter
+        from specfx.drafters.suffix import SuffixDrafter, prepare
 
-        return SuffixDrafter(own, common.num_speculative_tokens)
+        prepare()
+        return SuffixDrafter(own, common.num_speculative_tokens, model.config.get_text_config().vocab_size)
     if isinstance(own, MtpOptions):
         from specfx.drafters.mtp import MtpDrafter
 

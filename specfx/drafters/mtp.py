@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from specfx.drafters.mtp_head import HeadKV, load_head
-from specfx.errors import HeadError
+from specfx.errors import HeadError, Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
@@ -48,6 +48,7 @@ class MtpDrafter:
 
     name = "mtp"
     needs_hidden = True
+    refusals: Sequence[Refusal] = ()
 
     def __init__(self, options: MtpOptions, max_nodes: int, target: nn.Module) -> None:
         assert options.head is not None  # MtpOptions sees to it
@@ -65,7 +66,7 @@ class MtpDrafter:
         self._sequences: dict[int, _Sequence] = {}
         self._judged = self._right = 0
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} is already in use")
         self._sequences[seq] = _Sequence(prompt=list(prompt))
@@ -97,7 +98,7 @@ class MtpDrafter:
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
         return [self._chain(self._sequences[seq], min(self._steps, budget)) for seq, budget in zip(seqs, budgets, strict=True)]
 
-    def remove(self, seq: int) -> None:
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         self._sequences.pop(seq, None)
 
     def _chain(self, state: _Sequence, steps: int) -> DraftTree:

@@ -1,218 +1,295 @@
-"""Suffix decoding: draft what followed earlier in this request whenever the text said what it says now.
+"""``method="suffix"``: draft what followed whenever a text said what this one says now.
 
-After SuffixDecoding (Oliaro et al., 2024), over the prompt and output of one request. Two parts:
+After SuffixDecoding (Oliaro et al., 2024). Four parts, each of which knows only those before it:
 
-1. `SuffixIndex` is a suffix automaton (Blumer et al., 1985) grown token by token. One *state* stands for all contexts that end at the
-   same positions of the stream; its transitions are the tokens that ever followed, its *link* leads to the next shorter context that
-   also ends elsewhere. Two columns are added: how often a context occurred and where it ended last. An appended token changes them for
-   the suffixes of the stream only. Those of up to ``max_context + 1`` tokens are kept (no draft asks for longer ones), so that a token
-   costs O(1) amortised plus one hop for each of them with a different count: one or two on ordinary text, ``max_context`` on constant text.
-
-2. `SuffixDrafter` starts at the longest context that was ever followed by something and grows the tree best-first: take the
-   continuation with the highest path probability, follow its transition, push what followed there.
-
-The probability that `token` comes next is estimated as in PPM (Cleary and Witten, 1984; interpolated), from the longest context to
-shorter ones, ``LEVELS`` of them. A context of `length` tokens, `total` times followed, ``n`` times by `token`::
-
-    P(token) = (n + doubt * P_shorter(token)) / (total + doubt)        doubt = DOUBT / length
-
-so one observation after 1 token counts for little, and after 20 tokens for nearly everything. The occurrence at the end of the stream
-was followed by nothing yet: it is not in `total`. Among equally probable continuations the more recent one comes first.
+1. `suffix_tree`: what followed every context of some token streams, with counts, grown and shrunk token by token;
+2. `suffix_model`: how probable each continuation is, judging by two such trees, and the draft tree that follows from it;
+3. `suffix_cache`: the tree of earlier outputs, shared by all requests, bounded, saved and loaded;
+4. `SuffixDrafter`, here: a tree for each request, and the calls of the runtime.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from heapq import heappop, heappush
+import functools
+import logging
+import threading
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
+from specfx.drafters import suffix_model as kernels
+from specfx.drafters._jit import COMPILED, view
+from specfx.drafters.suffix_cache import OutputCache, read
+from specfx.drafters.suffix_tree import SuffixTree
+from specfx.errors import Reason, Refusal, SuffixCacheError
 from specfx.options import SuffixOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
-LEVELS = 3
-"""Contexts that take part in one estimate: the longest one, and the next shorter ones that say something different."""
+log = logging.getLogger("specfx")
 
-DOUBT = 2.0
-"""Strength of the doubt in a context of one token, in observations; see the formula above.
-
-A compromise, from replays: a node estimated at 0.55 was accepted 24 times in 100 in agent traces, 35 in GSM8K solutions, and 67 in edited
-code. Doubt that was learned from the request's own hits drafted no better for the same number of nodes, so it is a constant.
-"""
-
-MAX_FOLLOWERS = 64
-"""A context that this many different tokens followed predicts none of them, and would be slow to scan: it is left out."""
-
-ROOT = 0
-"""The state of the empty context."""
+LARGEST_TOKEN = 2**31 - 1
 
 
-class SuffixIndex:
-    """Every context of one stream of tokens, how often it occurred and what followed it. All columns are indexed by state.
+@dataclass(frozen=True)
+class SuffixStatistics:
+    """requests: running. outputs, tokens: earlier and running outputs in the cache. evicted: outputs taken out so far. request_bytes,
+    cache_bytes: memory of the requests' own trees, and of the cache."""
 
-    A *place* below is a pair (state, length): the context of `length` tokens that `state` stands for.
-    """
+    requests: int
+    outputs: int
+    tokens: int
+    evicted: int
+    request_bytes: int
+    cache_bytes: int
 
-    def __init__(self, max_context: int) -> None:
-        self.max_context = max_context
-        self.size = 0
-        self.follow: list[dict[int, int]] = [{}]  # token -> state of the context with the token appended
-        self.link: list[int] = [-1]  # state of the longest context that ends at more positions
-        self.longest: list[int] = [0]  # tokens of the state's longest context
-        self.count: list[int] = [0]  # occurrences; right for contexts of up to max_context + 1 tokens
-        self.last_end: list[int] = [0]  # end (exclusive) of the most recent occurrence; right as far as `count`
-        self._whole = ROOT  # state of the whole stream
-        self._tail = ROOT  # place of the last `max_context + 1` tokens
-        self._tail_length = 0
 
-    def extend(self, tokens: Sequence[int]) -> None:
-        """Append `tokens`."""
-        for token in tokens:
-            self._append(int(token))
+class _Request:
+    """State of one request. fields: the int32 array that `suffix_model` works on. serial: a copy of its `SERIAL`, for quick reading.
+    written: the output, which the cache keeps too."""
 
-    def tail(self) -> tuple[int, int]:
-        """The place of the stream's last `max_context` tokens (fewer, if it is shorter)."""
-        return self._shortened(self._tail, self._tail_length, self.max_context)
-
-    def total(self, state: int) -> int:
-        """How often the contexts of `state` were followed by a token; the occurrence at the end of the stream was not."""
-        return self.count[state] - (self.last_end[state] == self.size)
-
-    def step(self, state: int, length: int, token: int) -> tuple[int, int]:
-        """The place reached when `token` follows that one."""
-        return self._shortened(self.follow[state][token], length + 1, self.max_context)
-
-    def _shortened(self, state: int, length: int, limit: int) -> tuple[int, int]:
-        """The place of the last `limit` tokens of a place; `length` is at most ``limit + 1``, so one link is enough."""
-        length = min(length, limit)
-        link = self.link[state]
-        return (link, length) if state != ROOT and length <= self.longest[link] else (state, length)
-
-    def _new_state(self, longest: int, follow: dict[int, int], link: int, count: int) -> int:
-        self.longest.append(longest)
-        self.follow.append(follow)
-        self.link.append(link)
-        self.count.append(count)
-        self.last_end.append(0)  # the tail sets it
-        return len(self.link) - 1
-
-    def _append(self, token: int) -> None:
-        follow, link, longest = self.follow, self.link, self.longest
-        self.size += 1
-        # The automaton itself: Blumer's online construction.
-        new = self._new_state(self.size, {}, ROOT, 0)
-        state = self._whole
-        while state != -1 and token not in follow[state]:
-            follow[state][token] = new
-            state = link[state]
-        if state != -1:
-            target = follow[state][token]
-            if longest[target] != longest[state] + 1:
-                # From now on the shorter contexts of `target` end at more positions than its longer ones: they get a state of their own.
-                short = self._new_state(longest[state] + 1, dict(follow[target]), link[target], self.count[target])
-                while state != -1 and follow[state].get(token) == target:
-                    follow[state][token] = short
-                    state = link[state]
-                link[target] = short
-                target = short
-            link[new] = target
-        self._whole = new
-        # The tail moves by one token, and all its suffixes occurred once more. (If its state was just split, both halves lead on alike.)
-        tail, self._tail_length = self._shortened(follow[self._tail][token], self._tail_length + 1, self.max_context + 1)
-        self._tail = tail
-        count, last_end, size = self.count, self.last_end, self.size
-        while tail != ROOT:
-            count[tail] += 1
-            last_end[tail] = size
-            tail = link[tail]
+    def __init__(self, depth: int, length: int, ends: Sequence[int]) -> None:
+        self.tree = SuffixTree(depth, length)
+        fields = np.zeros(kernels.ENDS + len(ends), dtype=np.int32)
+        fields[kernels.SERIAL] = -1
+        fields[kernels.ENDS :] = ends
+        self.fields = view(fields)
+        self.output = self.fields[kernels.OUTPUT : kernels.OUTPUT + 2]
+        self.match = self.fields[kernels.MATCH : kernels.MATCH + 2]
+        self.serial = -1
+        self.written = array("i")
 
 
 class SuffixDrafter:
-    """``method="suffix"``: drafts trees of at most `max_nodes` nodes from the request's own prompt and output."""
+    """Drafts trees of at most `max_nodes` nodes from each request's own text and from earlier outputs.
+
+    vocab_size: of the target's tokens; a saved cache must have the same. All calls may come from any thread.
+    """
 
     name = "suffix"
     needs_hidden = False
 
-    def __init__(self, options: SuffixOptions, max_nodes: int) -> None:
-        self.options = options
-        self.max_nodes = max_nodes
-        self._indexes: dict[int, SuffixIndex] = {}
-        self._doubts = [0.0, *(DOUBT / length for length in range(1, options.max_tree_depth + 1))]
+    def __init__(self, options: SuffixOptions, max_nodes: int, vocab_size: int = LARGEST_TOKEN + 1) -> None:
+        self.options, self.max_nodes, self.vocab_size = options, max_nodes, vocab_size
+        self.cache = self._new_cache()
+        self._whole = True  # False while the trees are being changed: a call that was interrupted leaves it so
+        self._model = kernels.new_model()
+        self._model_view = view(self._model)
+        self._requests: dict[int, _Request] = {}
+        self._lock = threading.RLock()
+        self._ints = view(np.zeros(kernels.SCRATCH, dtype=np.int32))
+        self._floats = view(np.zeros(kernels.SCRATCH_PROB))
+        self._tokens = view(np.zeros(64, dtype=np.int32))
+        if options.cache is not None:
+            self.load(options.cache)
 
-    def add(self, seq: int, prompt: Sequence[int]) -> None:
-        if seq in self._indexes:
-            raise ValueError(f"sequence {seq} is in use: remove it before it is added again")
-        index = SuffixIndex(self.options.max_tree_depth)
-        index.extend(prompt)
-        self._indexes[seq] = index
+    @property
+    def refusals(self) -> list[Refusal]:
+        """What is slower than it could be."""
+        if COMPILED:
+            return []
+        return [Refusal("suffix drafter", Reason.NO_NUMBA, "it runs as plain Python, some fifty times slower", "pip install numba")]
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
-        self._indexes[seq].extend(tokens)
+    def _new_cache(self) -> OutputCache:
+        options = self.options
+        return OutputCache(options.max_tree_depth, options.max_cached_tokens, options.max_cached_requests, self._cursors, self._match_again)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around every change of the trees (`accept` does the same in place). One that was interrupted (Ctrl-C, no memory) costs the
+        earlier outputs, never a right result."""
+        with self._lock:
+            if not self._whole:
+                self._recover()
+            self._whole = False
+            yield
+            self._whole = True
+
+    def _recover(self) -> None:
+        log.warning("specfx: the suffix drafter was interrupted; it forgets the earlier outputs and goes on")
+        self.cache = self._new_cache()
+        for request in self._requests.values():
+            request.serial = request.fields[kernels.SERIAL] = -1
+            request.fields[kernels.STAGE] = kernels.NEW
+            request.match[0] = request.match[1] = 0
+        self._whole = True
+
+    # The calls of the runtime: see `Drafter`.
+
+    def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
+        tokens = _as_tokens(prompt)
+        request = _Request(self.options.max_tree_depth, len(tokens), ends)
+        with self._lock:
+            if seq in self._requests:
+                raise ValueError(f"sequence {seq} is in use: remove it before it is added again")
+        with self._changing():
+            fields = request.fields
+            request.tree.extend(fields[kernels.TAIL : kernels.TAIL + 2], tokens, 1, 1)
+            fields[kernels.POSITION] = len(tokens)
+            self._requests[seq] = request
+            request.serial, request.written = self.cache.start(request.output)
+            fields[kernels.SERIAL] = request.serial
+            known = tokens[-self.options.max_tree_depth :]
+            kernels.match_all(self.cache.tree.view, fields, view(known), 0, len(known))
+
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+        with self._lock:
+            request, cache, n = self._requests[seq], self.cache, len(tokens)
+            fields = request.fields
+            if n == 1:  # the common case, and the one in which every call counts
+                self._tokens[0] = tokens[0]
+            else:
+                self._hold(tokens)
+            if not self._whole:
+                self._recover()
+                cache = self.cache
+            self._whole = False
+            if request.serial >= 0:
+                if cache.tokens + n > cache.max_tokens and not cache.make_room(n):
+                    self._stop_recording(request)
+                else:
+                    request.written.extend(tokens)
+                    cache.tokens += n
+            done = 0
+            while (
+                done := kernels.accept(
+                    request.tree.view, cache.tree.view, fields, self._tokens, done, n, self._model_view, cache.ledger, self._ints
+                )
+            ) < n:
+                (cache.tree if fields[kernels.STAGE] == kernels.IN_LOCAL else request.tree).grow()
+            self._whole = True
 
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
-        return [self._draft(self._indexes[seq], min(budget, self.max_nodes)) for seq, budget in zip(seqs, budgets, strict=True)]
+        with self._lock:
+            return [self._draft(self._requests[seq], min(budget, self.max_nodes)) for seq, budget in zip(seqs, budgets, strict=True)]
 
-    def remove(self, seq: int) -> None:
-        self._indexes.pop(seq, None)
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
+        with self._lock:
+            request = self._requests.get(seq)
+            if request is None:
+                return
+            if last:
+                self.accept(seq, last)
+            with self._changing():
+                del self._requests[seq]
+                if request.serial >= 0:
+                    self.cache.end(request.serial)
 
-    def _draft(self, index: SuffixIndex, budget: int) -> DraftTree:
-        options = self.options
-        state, length = self._followed(index, *index.tail())
-        max_depth = int(options.max_spec_factor * length + options.max_spec_offset)
-        if state == ROOT or budget <= 0 or max_depth <= 0:
+    # Beyond them.
+
+    def match_length(self, seq: int) -> int:
+        """Tokens of the longest suffix of a request's text that was ever followed by something, here or in earlier outputs."""
+        with self._lock:
+            request = self._requests[seq]
+            return int(kernels.match_length(request.tree.view, self.cache.tree.view, request.fields))
+
+    def statistics(self) -> SuffixStatistics:
+        """What the drafter holds."""
+        with self._lock:
+            return SuffixStatistics(
+                requests=len(self._requests),
+                outputs=len(self.cache),
+                tokens=self.cache.tokens,
+                evicted=self.cache.evicted,
+                request_bytes=sum(request.tree.nbytes for request in self._requests.values()),
+                cache_bytes=self.cache.nbytes,
+            )
+
+    def evict(self, max_tokens: int = 0) -> int:
+        """Forget the least useful earlier outputs until at most `max_tokens` tokens are left; running ones stay. Returns how many went."""
+        with self._changing():
+            return self.cache.evict(max_tokens)
+
+    def save(self, path: str | Path) -> None:
+        """Write the earlier outputs and what was learned to an ``npz`` file. Raises `SuffixCacheError` if it can't be written."""
+        with self._lock:
+            self.cache.save(path, self._model, self.vocab_size)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file of `save`. Raises `SuffixCacheError`, with nothing changed, for one that is damaged or another model's,
+        and while requests are running."""
+        content = read(path, self.vocab_size)
+        with self._lock:
+            if self._requests:
+                raise SuffixCacheError(f"{len(self._requests)} requests are running: load the suffix cache before or after them")
+            with self._changing():
+                self.cache.adopt(content)
+                self._model[:] = content["model"]
+
+    # Parts.
+
+    def _hold(self, tokens: Sequence[int]) -> None:
+        """Put `tokens` where the compiled code reads them."""
+        if len(tokens) > len(self._tokens):
+            self._tokens = view(np.zeros(2 * len(tokens), dtype=np.int32))
+        for i, token in enumerate(tokens):
+            self._tokens[i] = token
+
+    def _stop_recording(self, request: _Request) -> None:
+        self.cache.end(request.serial)
+        request.serial = request.fields[kernels.SERIAL] = -1
+
+    def _draft(self, request: _Request, budget: int) -> DraftTree:
+        options, local, world = self.options, request.tree.view, self.cache.tree.view
+        depth = budget
+        if options.max_spec_factor < float("inf"):
+            match = kernels.match_length(local, world, request.fields)
+            depth = min(budget, int(options.max_spec_factor * match + options.max_spec_offset))
+        if depth <= 0:
             return EMPTY_TREE
-        tokens: list[int] = []
-        parents: list[int] = []
-        probs: list[float] = []
-        # Heap entries: (-path probability, serial number, token, parent, state, length, depth); the serial number breaks ties.
-        heap: list[tuple[float, int, int, int, int, int, int]] = []
-        serial, node, depth, path = 0, -1, 0, 1.0
-        while True:
-            if depth < max_depth and len(tokens) < budget:
-                ranked = self._continuations(index, state, length, path)
-                for prob, token, child, child_length in ranked if options.use_tree_spec else ranked[:1]:
-                    heappush(heap, (-prob, serial, token, node, child, child_length, depth + 1))
-                    serial += 1
-            if not heap or len(tokens) >= budget:
-                break
-            negative, _, token, parent, state, length, depth = heappop(heap)
-            path, node = -negative, len(tokens)
-            tokens.append(token)
-            parents.append(parent)
-            probs.append(path)
-        return DraftTree(tuple(tokens), tuple(parents), tuple(probs)) if tokens else EMPTY_TREE
+        n = kernels.propose(
+            local,
+            world,
+            request.fields,
+            self._model_view,
+            budget,
+            depth,
+            options.min_token_prob,
+            options.use_tree_spec,
+            self._ints,
+            self._floats,
+        )
+        if n == 0:
+            return EMPTY_TREE
+        tokens, parents = kernels.NODES, kernels.NODES + kernels.MAX_NODES
+        return DraftTree.unchecked(
+            tuple(self._ints[tokens : tokens + n].tolist()),
+            tuple(self._ints[parents : parents + n].tolist()),
+            tuple(self._floats[kernels.NODE_PROB : kernels.NODE_PROB + n].tolist()),
+        )
 
-    @staticmethod
-    def _followed(index: SuffixIndex, state: int, length: int) -> tuple[int, int]:
-        """The longest suffix of a place that was ever followed by a token."""
-        while state != ROOT and not index.follow[state]:
-            state = index.link[state]
-            length = index.longest[state]
-        return state, length
+    def _cursors(self) -> Iterable[Any]:
+        for request in self._requests.values():
+            yield request.output
+            yield request.match
 
-    def _continuations(self, index: SuffixIndex, state: int, length: int, path: float) -> list[tuple[float, int, int, int]]:
-        """(path probability, token, state, length) of the continuations of a place that are probable enough to draft, best first.
+    def _match_again(self) -> None:
+        """The cache's tree has been built anew: it is matched from the output alone, the prompt is not looked up again."""
+        for request in self._requests.values():
+            request.match[0], request.match[1] = request.output if request.serial >= 0 else (0, 0)
 
-        `path` is the path probability of the place itself.
-        """
-        levels: list[tuple[int, int]] = []
-        state, length = self._followed(index, state, length)
-        while state != ROOT and len(levels) < LEVELS and len(index.follow[state]) <= MAX_FOLLOWERS:
-            levels.append((state, length))
-            state = index.link[state]
-            length = index.longest[state]
-        estimate: dict[int, float] = {}
-        for state, length in reversed(levels):
-            doubt = self._doubts[length]
-            scale = index.total(state) + doubt
-            shorter, estimate = estimate, {token: doubt * prob / scale for token, prob in estimate.items()}
-            for token, child in index.follow[state].items():
-                estimate[token] = (index.count[child] + doubt * shorter.get(token, 0.0)) / scale
-        likely = []
-        for token, prob in estimate.items():
-            if path * prob >= self.options.min_token_prob:
-                state, length = next(level for level in levels if token in index.follow[level[0]])
-                recency = index.last_end[index.follow[state][token]]
-                likely.append((path * prob, recency, token, *index.step(state, length, token)))
-        likely.sort(reverse=True)
-        return [(prob, token, state, length) for prob, _, token, state, length in likely]
+
+def _as_tokens(tokens: Sequence[int]) -> np.ndarray:
+    """Token ids as int32. Raises `ValueError` for one below 0 or above `LARGEST_TOKEN`."""
+    array = np.asarray(tokens, dtype=np.int64)
+    if array.size and not 0 <= array.min() <= array.max() <= LARGEST_TOKEN:
+        raise ValueError(f"token ids must be in 0..{LARGEST_TOKEN}, got {array.min()}..{array.max()}")
+    return array.astype(np.int32)
+
+
+@functools.cache
+def prepare() -> None:
+    """Have all code compiled (8 s, once on a machine) or loaded (0.2 s) now rather than in the middle of a generation."""
+    drafter = SuffixDrafter(SuffixOptions(max_cached_tokens=8), 1)
+    for seq in range(2):
+        drafter.add(seq, [1, 2, 1])
+        drafter.accept(seq, [2, 1, 2])
+        drafter.propose([seq], [1])
+        drafter.match_length(seq)
+        drafter.remove(seq, [1])
+    drafter.evict()

@@ -174,7 +174,9 @@ def speculative_decode(
         for i, (row, pad, seq) in enumerate(zip(rows, pads, seqs, strict=True)):
             stop = _Stop(row, stopping_criteria, input_ids.device)
             processor = _of_row(logits_processor, i)
-            first = runtime.add(row[pad:], limit - len(row), stop, processor, seen=row, seq=seq, device=input_ids.device)
+            first = runtime.add(
+                row[pad:], limit - len(row), stop, processor, seen=row, seq=seq, device=input_ids.device, ends=sorted(stop.ends)
+            )
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)
         while runtime.sequences:

@@ -102,17 +102,18 @@ class Runtime:
         seen: Sequence[int] | None = None,
         seq: int | None = None,
         device: torch.device | None = None,
+        ends: Sequence[int] = (),
     ) -> Committed:
         """Prefill a new sequence and commit its first token.
 
         stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
-        reserved now. device: where the processor is shown the tokens. Raises `KVPoolError` before anything is done, and leaves
-        nothing behind whatever it raises.
+        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter.
+        Raises `KVPoolError` before anything is done, and leaves nothing behind whatever it raises.
         """
         seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
         sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor, device)
         try:
-            self.drafter.add(seq, prompt)
+            self.drafter.add(seq, prompt, ends)
             self.sequences[seq] = sequence
             with self.stats.timed("prefill"):
                 output, hidden = self._prefill(seq, prompt)
@@ -185,18 +186,18 @@ class Runtime:
         """Tell the drafter, or free the sequence that has ended."""
         self.stats.tokens += len(tokens)
         if finished:
-            self.remove(sequence.id)
+            self.remove(sequence.id, tokens)
         else:
             with self.stats.timed("draft"):
                 self.drafter.accept(sequence.id, tokens, hidden)
         return Committed(sequence.id, tokens, finished)
 
-    def remove(self, seq: int) -> None:
-        """Free everything of `seq`; unknown ids are ignored."""
+    def remove(self, seq: int, last: Sequence[int] = ()) -> None:
+        """Free everything of `seq`, which ended with the tokens `last`; unknown ids are ignored."""
         self.sequences.pop(seq, None)
         self._reserved.discard(seq)
         self.engine.remove(seq)
-        self.drafter.remove(seq)
+        self.drafter.remove(seq, last)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""

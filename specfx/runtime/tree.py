@@ -51,6 +51,13 @@ class DraftTree:
         n = len(tokens)
         return cls(tuple(tokens), tuple(range(-1, n - 1)), tuple(probs) if probs is not None else (1.0,) * n)
 
+    @classmethod
+    def unchecked(cls, tokens: tuple[int, ...], parents: tuple[int, ...], probs: tuple[float, ...]) -> DraftTree:
+        """A tree that is known to keep the rules, made without looking at them again (a fifth of the time)."""
+        tree = object.__new__(cls)
+        tree.__dict__.update(tokens=tokens, parents=parents, probs=probs)
+        return tree
+
     @property
     def is_chain(self) -> bool:
         return self.parents == tuple(range(-1, len(self) - 1))
