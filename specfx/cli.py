@@ -1,4 +1,4 @@
-"""The command line: `specfx demo` and `specfx bench generate|equal|forward`.
+"""The command line: `specfx demo` and `specfx bench generate|equal|forward|replay|suffix`.
 
 Only argparse is loaded here; a command imports what it needs when it runs, so that `specfx --help` answers at once. An error that the
 user can mend is one line on stderr and exit code 2.
@@ -66,6 +66,30 @@ def parser() -> argparse.ArgumentParser:
     forward.add_argument("--context", type=_positive, default=256, help="tokens in the cache (default: %(default)s)")
     forward.add_argument("--rows", default="1,8,16,32", help="rows of the engine's forwards (default: %(default)s)")
     forward.add_argument("--repeats", type=_positive, default=30, help="default: %(default)s")
+
+    replay = kinds.add_parser("replay", help="suffix drafts walked against recorded text, beside ArcticInference; no model runs")
+    replay.set_defaults(command="specfx.bench.replay")
+    _add_traces(replay, required=True)
+    replay.add_argument("--budget", default="15,32", help="most nodes of a draft (default: %(default)s)")
+    replay.add_argument("--limit", type=_positive, metavar="N", help="only the first N lines of each file")
+    _add_peer(replay)
+
+    suffix = kinds.add_parser("suffix", help="time and memory of the suffix drafter, beside ArcticInference")
+    suffix.set_defaults(command="specfx.bench.suffix")
+    suffix.add_argument(
+        "--streams", metavar="KINDS", help="of phrases,random,periodic,constant,traces (default: all there is a source for)"
+    )
+    _add_traces(suffix, required=False)
+    suffix.add_argument("--tokens", type=_positive, default=2000, help="of a request (default: %(default)s)")
+    suffix.add_argument("--earlier", default="0,500", help="earlier requests, of 500 tokens each (default: %(default)s)")
+    suffix.add_argument("--requests", type=_positive, default=5, help="requests timed of each (default: %(default)s)")
+    suffix.add_argument("--batch", type=_positive, default=64, help="requests of a batch (default: %(default)s)")
+    suffix.add_argument("--budget", type=_positive, default=32, help="most nodes of a draft (default: %(default)s)")
+    suffix.add_argument("--memory", action="store_true", help="bytes a token, by resident memory, instead of times")
+    suffix.add_argument(
+        "--soak", type=_positive, metavar="N", help="instead: N tokens through a small cache, its counts checked against its outputs"
+    )
+    _add_peer(suffix)
     return top
 
 
@@ -102,6 +126,17 @@ def _add_run_options(command: argparse.ArgumentParser, dtype: str, max_new_token
     command.add_argument("--max-new-tokens", type=_positive, default=max_new_tokens, help="default: %(default)s")
     command.add_argument("--dtype", choices=_DTYPES, default=dtype, help="default: %(default)s")
     command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    command.add_argument("--json", metavar="OUT", help="also write the results here")
+
+
+def _add_traces(command: argparse.ArgumentParser, required: bool) -> None:
+    forms = "one JSON object a line: messages, question with solutions or answer, prompt with canonical_solution or completion"
+    command.add_argument("--traces", required=required, nargs="+", metavar="FILE.jsonl", help=forms)
+    command.add_argument("--model", required=required, help="whose tokenizer to use, as in the other benches; the model isn't loaded")
+
+
+def _add_peer(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--no-peer", dest="peer", action="store_false", help="leave ArcticInference out")
     command.add_argument("--json", metavar="OUT", help="also write the results here")
 
 

@@ -13,6 +13,8 @@ import pytest
 import specfx.bench.equal
 import specfx.bench.forward
 import specfx.bench.generate
+import specfx.bench.replay
+import specfx.bench.suffix
 import specfx.demo
 from specfx import cli, models
 from specfx.errors import OptionError
@@ -22,6 +24,8 @@ COMMANDS = {
     "generate": (specfx.bench.generate, ["bench", "generate", "--model", "m", "--prompts", "p"]),
     "equal": (specfx.bench.equal, ["bench", "equal", "--model", "m", "--prompts", "p"]),
     "forward": (specfx.bench.forward, ["bench", "forward", "--model", "m"]),
+    "replay": (specfx.bench.replay, ["bench", "replay", "--traces", "a", "b", "--model", "m"]),
+    "suffix": (specfx.bench.suffix, ["bench", "suffix"]),
 }
 
 

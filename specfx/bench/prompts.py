@@ -13,7 +13,7 @@ Messages go through the tokenizer's chat template; where there is none they are 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,21 +42,39 @@ class Source:
     text: str | None = None
 
 
-def read_sources(path: str | Path) -> list[Source]:
-    """All prompts of a file. Raises `OptionError` for a missing file, a broken line, or one of no known form."""
+def read_records(option: str, path: str | Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """The objects of a JSON Lines file, each with its line's number, from 1, and the name of that place for error messages.
+
+    option: what the file was given as. Raises `OptionError` for a missing file or a broken line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except OSError as e:
-        raise OptionError(f"prompts={str(path)!r}: {e.strerror}; give a JSON Lines file") from e
-    sources = []
+    except (OSError, UnicodeDecodeError) as e:
+        raise OptionError(f"{option}={str(path)!r}: {getattr(e, 'strerror', None) or e}; give a JSON Lines file") from e
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             record = json.loads(line)
         except json.JSONDecodeError as e:
-            raise OptionError(f"{path}, line {number}: not JSON ({e}); each line must be one JSON object") from e
-        sources.append(_source(record, number, f"{path}, line {number}"))
+            raise OptionError(f"{where}: not JSON ({e}); each line must be one JSON object") from e
+        if not isinstance(record, dict):
+            raise OptionError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        yield number, where, record
+
+
+def chat_of(record: dict[str, Any]) -> list[dict[str, str]] | None:
+    """The `messages` of a record, with role and content only; None if it has no usable ones."""
+    messages = record.get("messages")
+    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
+        return [{"role": str(m["role"]), "content": m["content"]} for m in messages]
+    return None
+
+
+def read_sources(path: str | Path) -> list[Source]:
+    """All prompts of a file. Raises `OptionError` for a missing file, a broken line, or one of no known form."""
+    sources = [_source(record, number, where) for number, where, record in read_records("prompts", path)]
     if not sources:
         raise OptionError(f"prompts={str(path)!r}: the file holds no prompt")
     return sources
@@ -116,19 +134,15 @@ def round_robin(sources: Iterable[Source]) -> list[Source]:
     return [group[turn] for turn in range(longest) for group in groups.values() if turn < len(group)]
 
 
-def _source(record: Any, number: int, where: str) -> Source:
-    if not isinstance(record, dict):
-        raise OptionError(f"{where}: expected a JSON object, got {type(record).__name__}")
+def _source(record: dict[str, Any], number: int, where: str) -> Source:
     category = str(record.get("category", UNCATEGORISED))
     if isinstance(text := record.get("text"), str):
         return Source(number, category, text=text)
-    messages = record.get("messages")
-    if isinstance(messages, list) and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages):
-        chat = [{"role": str(m["role"]), "content": m["content"]} for m in messages]
-        while chat and chat[-1]["role"] == "assistant":
-            chat.pop()
-        if chat:
-            return Source(number, category, messages=tuple(chat))
+    chat = chat_of(record) or []
+    while chat and chat[-1]["role"] == "assistant":
+        chat.pop()
+    if chat:
+        return Source(number, category, messages=tuple(chat))
     turns = record.get("turns")
     content = turns[0] if isinstance(turns, list) and turns else record.get("prompt", record.get("question"))
     if isinstance(content, str):

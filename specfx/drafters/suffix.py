@@ -54,7 +54,7 @@ class _Request:
     written: the output, which the cache keeps too."""
 
     def __init__(self, depth: int, length: int, ends: Sequence[int]) -> None:
-        self.tree = SuffixTree(depth, length)
+        self.tree = SuffixTree(depth, length + 1024)  # an answer's worth of room, so that it seldom has to grow in the middle of one
         fields = np.zeros(kernels.ENDS + len(ends), dtype=np.int32)
         fields[kernels.SERIAL] = -1
         fields[kernels.ENDS :] = ends
