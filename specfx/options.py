@@ -77,7 +77,7 @@ class SuffixOptions:
     max_tree_depth: int = 64
     max_spec_factor: float = math.inf
     max_spec_offset: float = 0.0
-    min_token_prob: float = 0.12
+    min_token_prob: float = 0.13
     use_tree_spec: bool = True
     max_cached_requests: int = -1
     max_cached_tokens: int = 1_000_000
@@ -99,15 +99,15 @@ class SuffixOptions:
 class MtpOptions:
     """``method="mtp"``.
 
-    head: path of a head's safetensors file or of the folder that holds it. num_steps: how many tokens the head drafts in a chain
-    (one layer is used recursively, so this may exceed its number of layers).
+    head: path of a head's safetensors file, of the folder that holds it, of a NextN export, or of a checkpoint with a head; None looks in
+    the model's own checkpoint. num_steps: how many tokens the head drafts in a chain (its last layer is used recursively, so this may
+    exceed its number of layers).
     """
 
     head: str | Path | None = None
     num_steps: int = 3
 
     def __post_init__(self) -> None:
-        _check(self.head is not None, "head", self.head, "give the path of a trained head (see examples/train_mtp_head.py)")
         _check(
             type(self.num_steps) is int and 1 <= self.num_steps < MAX_ROWS,
             "num_steps",

@@ -64,6 +64,11 @@ class _Request:
         self.serial = -1
         self.written = array("i")
 
+    def forget_output(self) -> None:
+        """The cache no longer records the output, and has no place for it in its tree."""
+        self.serial = self.fields[kernels.SERIAL] = -1
+        self.output[0] = self.output[1] = 0
+
 
 class SuffixDrafter:
     """Drafts trees of at most `max_nodes` nodes from each request's own text and from earlier outputs.
@@ -114,7 +119,7 @@ class SuffixDrafter:
         log.warning("specfx: the suffix drafter was interrupted; it forgets the earlier outputs and goes on")
         self.cache = self._new_cache()
         for request in self._requests.values():
-            request.serial = request.fields[kernels.SERIAL] = -1
+            request.forget_output()
             request.fields[kernels.STAGE] = kernels.NEW
             request.match[0] = request.match[1] = 0
         self._whole = True
@@ -232,7 +237,7 @@ class SuffixDrafter:
 
     def _stop_recording(self, request: _Request) -> None:
         self.cache.end(request.serial)
-        request.serial = request.fields[kernels.SERIAL] = -1
+        request.forget_output()
 
     def _draft(self, request: _Request, budget: int) -> DraftTree:
         options, local, world = self.options, request.tree.view, self.cache.tree.view
@@ -276,7 +281,10 @@ class SuffixDrafter:
 
 def _as_tokens(tokens: Sequence[int]) -> np.ndarray:
     """Token ids as int32. Raises `ValueError` for one below 0 or above `LARGEST_TOKEN`."""
-    array = np.asarray(tokens, dtype=np.int64)
+    try:
+        array = np.asarray(tokens, dtype=np.int64)
+    except OverflowError as e:
+        raise ValueError(f"token ids must be in 0..{LARGEST_TOKEN}: {e}") from e
     if array.size and not 0 <= array.min() <= array.max() <= LARGEST_TOKEN:
         raise ValueError(f"token ids must be in 0..{LARGEST_TOKEN}, got {array.min()}..{array.max()}")
     return array.astype(np.int32)

@@ -59,11 +59,13 @@ SLOWEST = 255.0
 """A cell adapts as the mean of what it saw, but never slower than this many observations' mean."""
 PRIOR = 8.0
 """Observations that a cell's start counts for."""
-MAX_FOLLOWERS = 64
+MAX_FOLLOWERS = 32
 """A context that more different tokens followed predicts none of them, and would be slow to scan: it and all shorter ones are left out."""
 MIN_SHARE = 20
 """A token that followed a context less often than 1 in this many times is no candidate."""
-MAX_CANDIDATES = 64
+MAX_LIKELY = 10
+"""A context with more followers of at least that share offers none of them."""
+MAX_CANDIDATES = SLOTS * MAX_LIKELY
 MAX_NODES = 64
 
 # The model: one float64 array.
@@ -239,8 +241,6 @@ def _candidate(local, world, token: int, n: int, ints) -> int:
     for i in range(n):
         if ints[CANDIDATES + i] == token:
             return n
-    if n == MAX_CANDIDATES:
-        return n
     ints[CANDIDATES + n] = token
     cells = CANDIDATE_CELLS + n * SLOTS
     last = -1
@@ -257,11 +257,24 @@ def _candidate(local, world, token: int, n: int, ints) -> int:
 
 
 @jit
+def _likely(a, state: int, total: int) -> int:
+    """Followers that have at least a share of 1 in `MIN_SHARE`."""
+    s = at(state)
+    n = 1 if a[at(a[s + TARGET]) + COUNT] * MIN_SHARE >= total else 0
+    edge = a[s + MORE]
+    while edge >= 0:
+        if a[at(a[edge + E_TARGET]) + COUNT] * MIN_SHARE >= total:
+            n += 1
+        edge = a[edge + NEXT]
+    return n
+
+
+@jit
 def _gather(a, slot: int, local, world, n: int, ints) -> int:
-    """Make what followed the context of a slot of the tree `a` candidates."""
+    """Make what is likely to follow the context of a slot of the tree `a` candidates, unless it is just about anything."""
     v = VIEWS + slot * 3
     total = ints[v + 2]
-    if total == 0:
+    if total == 0 or _likely(a, ints[v], total) > MAX_LIKELY:
         return n
     s = at(ints[v])
     if a[at(a[s + TARGET]) + COUNT] * MIN_SHARE >= total:

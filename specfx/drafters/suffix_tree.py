@@ -223,6 +223,25 @@ def _copy_followers(a, source: int, destination: int) -> None:
 
 
 @jit
+def _move_followers(a, source: int, destination: int) -> None:
+    """Hand the followers of `source` to `destination`, which must have none. Needs no room."""
+    s, d = at(source), at(destination)
+    a[d + TOKEN] = a[s + TOKEN]
+    a[d + TARGET] = a[s + TARGET]
+    edge = a[s + MORE]
+    a[s + TOKEN] = -1
+    a[s + MORE] = -1
+    while edge >= 0:
+        following = a[edge + NEXT]
+        _unhash(a, edge)
+        a[edge + OWNER] = destination
+        a[edge + NEXT] = a[d + MORE]
+        a[d + MORE] = edge
+        _hash(a, edge)
+        edge = following
+
+
+@jit
 def _extra_followers(a, state: int) -> int:
     n = 0
     edge = a[at(state) + MORE]
@@ -309,9 +328,10 @@ def _split(a, source: int, token: int, target: int, longest: int) -> int:
     a[s + KIN] = target
     a[t + LINK] = short
     a[at(link) + KIN] ^= target ^ short
-    _copy_followers(a, target, short)
     if longest == a[DEPTH]:  # what is left of `target` is too long a context to have followers
-        _drop_followers(a, target)
+        _move_followers(a, target, short)
+    else:
+        _copy_followers(a, target, short)
     while source >= 0 and follow(a, source, token) == target:
         _redirect(a, source, token, short)
         source = a[at(source) + LINK]
@@ -432,7 +452,7 @@ def remove_stream(a, tokens, n: int, path) -> None:
         a[at(child) + LINK] = link
         a[at(link) + KIN] ^= state ^ child
         if a[at(state) + LONGEST] == depth:  # the child was too long a context to have followers; else both have the same
-            _copy_followers(a, state, child)
+            _move_followers(a, state, child)
         _end(a, state, True)
 
 
