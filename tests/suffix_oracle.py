@@ -158,7 +158,7 @@ class Views:
         return cls(list(slots(local, here)), list(slots(world, there)), local.last)
 
     def candidates(self) -> set[int]:
-        """Tokens that followed a slot's context in at least a twentieth of the cases, unless more than ten did."""
+        """Tokens that followed a slot's context in at least a twentieth of the cases, unless too many did."""
         likely = [
             {token for token, n in slot.followers.items() if n * suffix_model.MIN_SHARE >= slot.total}
             for slot in (*self.local, *self.world)

@@ -136,6 +136,8 @@ class FakeDrafter:
     name: str = "fake"
     known: dict[int, list[int]] = field(default_factory=dict)
     prompts: dict[int, int] = field(default_factory=dict)
+    ends: dict[int, list[int]] = field(default_factory=dict)
+    ended: dict[int, list[int]] = field(default_factory=dict)  # all that was known of a sequence when it went
     proposals: list[tuple[list[int], int, DraftTree]] = field(default_factory=list)
 
     _maybe_raise = FakeEngine._maybe_raise
@@ -143,7 +145,7 @@ class FakeDrafter:
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self._maybe_raise("add")
         assert seq not in self.known
-        self.known[seq], self.prompts[seq] = list(prompt), len(prompt)
+        self.known[seq], self.prompts[seq], self.ends[seq] = list(prompt), len(prompt), list(ends)
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: Tensor | None) -> None:
         self._maybe_raise("accept")
@@ -166,7 +168,11 @@ class FakeDrafter:
         return trees
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
-        self.known.pop(seq, None)
+        known = self.known.pop(seq, None)
+        if known is None:
+            assert not last, "the last tokens of a sequence that is not known"
+        else:
+            self.ended[seq] = [*known, *last]
 
 
 def nothing(known: list[int], budget: int, rng: random.Random) -> DraftTree:
@@ -269,11 +275,14 @@ def test_output_is_plain_decodings_whatever_is_drafted(
     expected: dict[int, list[int]] = {}
     generated: dict[int, list[int]] = {}
     offered: dict[int, list[int]] = {}
+    prompted: dict[int, list[int]] = {}
     for step in range(100):
         for prompt, n, ends, at in asked:
             if at == step:
                 told: list[int] = []
-                first = runtime.add(prompt, n, lambda token, told=told, ends=ends: told.append(token) or token in ends)
+                first = runtime.add(prompt, n, lambda token, told=told, ends=ends: told.append(token) or token in ends, ends=ends)
+                assert drafter.ends[first.seq] == ends
+                prompted[first.seq] = prompt
                 expected[first.seq] = plain(prompt, n, ends)
                 generated[first.seq], offered[first.seq] = list(first.tokens), told
                 assert first.finished == (len(expected[first.seq]) == 1)
@@ -292,7 +301,39 @@ def test_output_is_plain_decodings_whatever_is_drafted(
             break
     assert generated == expected
     assert offered == expected  # the stop function was called once with each token, in order
+    assert drafter.ended == {seq: prompted[seq] + tokens for seq, tokens in expected.items()}
     assert_empty(engine, drafter, runtime)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20])
+@pytest.mark.parametrize("policy", [nothing, oracle, half_right])
+def test_the_drafter_is_told_how_a_sequence_ended_once_and_at_its_end(policy: Policy, n: int) -> None:
+    """`remove` brings the last tokens, which `accept` has not: drafts are no use behind the end, but the text is to those that come."""
+    engine, drafter = FakeEngine(), FakeDrafter(policy)
+    accepted: list[int] = []
+    accept, remove = drafter.accept, drafter.remove
+    removed: list[tuple[int, list[int]]] = []
+    drafter.accept = lambda seq, tokens, hidden: (accepted.extend(tokens), accept(seq, tokens, hidden))[1]
+    drafter.remove = lambda seq, last=(): (removed.append((seq, list(last))), remove(seq, last))[1]
+    runtime = Runtime(engine, drafter, 5, CallStats())
+    first = runtime.add([1, 2], n, never, ends=[4, 5])
+    generated = finish(runtime, first)[first.seq]
+    ((seq, last),) = removed
+    assert seq == first.seq
+    assert last
+    assert accepted + last == generated == plain([1, 2], n)
+    assert drafter.ends == {first.seq: [4, 5]}
+    assert drafter.ended == {first.seq: [1, 2, *generated]}
+
+
+def test_a_sequence_that_is_given_up_ends_with_nothing() -> None:
+    drafter = FakeDrafter(half_right)
+    runtime = Runtime(FakeEngine(), drafter, 5, CallStats())
+    first = runtime.add([1, 2], 20, never)
+    runtime.step()
+    known = list(drafter.known[first.seq])
+    runtime.close()
+    assert drafter.ended == {first.seq: known}
 
 
 def test_without_a_drafter_every_forward_gives_one_token() -> None:

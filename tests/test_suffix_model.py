@@ -172,12 +172,13 @@ def test_a_context_that_just_about_anything_follows_offers_nothing() -> None:
 
 
 def test_as_many_candidates_as_there_can_be() -> None:
-    """Two contexts with ten followers each, in the text and, other ones, in an earlier output."""
+    """Two contexts with as many followers each as may be likely, in the text and, other ones, in an earlier output."""
+    each = range(MAX_LIKELY)
 
     def stars(first: int) -> Stream:
-        """After ``8 9`` each of 10 tokens comes once; after 9 alone, each of 10 others comes often, and those ten too rarely."""
-        rare = [token for i in range(10) for token in (8, 9, first + i)]
-        return rare + [token for _ in range(20) for i in range(10) for token in (7, 9, first + 100 + i)]
+        """After ``8 9`` each of some tokens comes once; after 9 alone, each of some others comes often, and those too rarely."""
+        rare = [token for i in each for token in (8, 9, first + i)]
+        return rare + [token for _ in range(20) for i in each for token in (7, 9, first + 100 + i)]
 
     twin = Twin(NEXT)
     twin.drafter.add(0, [])
@@ -186,7 +187,7 @@ def test_as_many_candidates_as_there_can_be() -> None:
     twin.drafter.add(1, [*stars(1000), 8, 9])
     (tree,) = twin.drafter.propose([1], [63])
     roots = [token for token, parent in zip(tree.tokens, tree.parents, strict=True) if parent < 0]
-    assert sorted(roots) == [first + i for first in (1000, 1100, 3000, 3100) for i in range(10)]
+    assert sorted(roots) == [first + i for first in (1000, 1100, 3000, 3100) for i in each]
     assert len(roots) == MAX_CANDIDATES
     twin.drafter.accept(1, [1000])
     assert np.isfinite(twin.drafter._model).all()

@@ -63,7 +63,7 @@ MAX_FOLLOWERS = 32
 """A context that more different tokens followed predicts none of them, and would be slow to scan: it and all shorter ones are left out."""
 MIN_SHARE = 20
 """A token that followed a context less often than 1 in this many times is no candidate."""
-MAX_LIKELY = 10
+MAX_LIKELY = 6
 """A context with more followers of at least that share offers none of them."""
 MAX_CANDIDATES = SLOTS * MAX_LIKELY
 MAX_NODES = 64
