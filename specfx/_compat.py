@@ -56,3 +56,14 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
         compiled: Any = compile_fx(module, list(example_inputs))
     return compiled
+
+
+def weight_conversions() -> tuple[Any, Any, Any, Any] | None:
+    """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, WeightConverter, WeightRenaming,
+    rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return None
+    return get_model_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key

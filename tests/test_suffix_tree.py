@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -299,6 +300,20 @@ def test_a_token_costs_two_states_and_three_edges_at_most(stream: Stream, depth:
         assert tree.arena[suffix_tree.LIVE_EDGES] <= 3 * n
         assert links(tree, cursor[0]) <= depth + 1
         assert tree.nbytes <= 4 * (64 + n * (2 * suffix_tree.STATE + 3 * suffix_tree.EDGE) + 16 * (n + 64))
+
+
+def test_the_arena_grows_by_a_part_of_its_size() -> None:
+    """So that moving it costs a token no more the longer the text gets: some twenty times from one token to twenty thousand."""
+    rng, grow, sizes = random.Random(0), SuffixTree.grow, []
+
+    def counted(tree: SuffixTree) -> None:
+        grow(tree)
+        sizes.append(len(tree.arena))
+
+    with mock.patch.object(SuffixTree, "grow", counted):
+        grown(8, [rng.randrange(300) for _ in range(20_000)])
+    assert 5 < len(sizes) < 30
+    assert all(larger > 1.2 * smaller for smaller, larger in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 50])

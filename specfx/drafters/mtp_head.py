@@ -7,7 +7,8 @@ input at position t) and the next token x_{t+1}::
 
 For the second draft step and on, the head's own hidden state (after its norm) takes the place of h. Embedding and LM head are the
 target's own modules, referred to and never registered, so that `state_dict` holds the head's weights alone; the decoder layer is a
-copy, so nothing that happens to a head can reach its target.
+copy, so nothing that happens to a head can reach its target. Published families differ in names and wiring: `mtp_families` has the
+table, `mtp_layers` builds their decoder layers from the target's.
 
 The file is one safetensors file with DeepSeek's names, as SGLang's NextN export writes them: ``model.layers.0.`` and then
 ``enorm.weight``, ``hnorm.weight``, ``eh_proj.weight``, ``shared_head.norm.weight`` and the decoder layer's own names. It is read
@@ -17,17 +18,19 @@ strictly, because a head with a missing or misread weight still drafts: it is on
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from specfx.drafters.mtp_families import PLAIN, Family, Wiring, find_head
+from specfx.drafters.mtp_layers import TargetParts, family_layer, own_copy, target_parts, to_target_names
 from specfx.errors import HeadError
 
 PREFIX = "model.layers.0."
@@ -73,23 +76,46 @@ class HeadKV:
 class MtpHead(nn.Module):
     """A next-n head and the parts of its target that it shares.
 
+    A head with several layers is its first one and, in `further`, those of the later draft steps, each an `MtpHead` itself: step k
+    is made by ``chain[min(k, len(chain) - 1)]``. Layer k runs over pairs of layer k - 1's hidden state at row t and the token
+    x_{t+k+1}; each has a KV of its own (as in transformers' `MtpModel` and vLLM).
+
     Build one with `from_target` (fresh) or `load_head` (trained). Its layer attends to the whole context, whatever window the
-    target's layers have. Greedy drafts don't depend on scalings that a target applies to its logits, their probabilities do.
+    target's layers have, unless its family says otherwise (`window`). Greedy drafts don't depend on scalings that a target applies
+    to its logits, their probabilities do.
     """
 
     def __init__(
-        self, layer: Any, norm: Any, enorm: nn.Module, hnorm: nn.Module, rotary: nn.Module, embed: nn.Module, lm_head: nn.Module
+        self,
+        layer: Any,
+        norm: Any,
+        enorm: nn.Module,
+        hnorm: nn.Module,
+        rotary: nn.Module,
+        embed: nn.Module,
+        lm_head: nn.Module,
+        wiring: Wiring = Wiring(),  # noqa: B008 (frozen)
+        final_norm: Any = None,
+        own_head: bool = False,
     ) -> None:
         super().__init__()
-        hidden_size = norm.weight.shape[0]
-        like = norm.weight
+        weight: torch.Tensor = hnorm.weight  # type: ignore[assignment]
+        hidden_size, like = weight.shape[0], {"device": weight.device, "dtype": weight.dtype}
         self.enorm, self.hnorm = enorm, hnorm
-        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, device=like.device, dtype=like.dtype)
+        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, **like)
         self.layer = layer
         self.norm = norm
+        if own_head:
+            self.head = nn.Linear(hidden_size, lm_head.weight.shape[0], bias=False, **like)  # type: ignore
+            lm_head = self.head
+        self.further = nn.ModuleList()
+        self.wiring = wiring
+        self.window: int | None = None
+        self.rope_type: str | None = None
         self._eager = layer.self_attn.config._attn_implementation == "eager"
-        # In a tuple nn.Module does not register them: the first two are the target's, and the frequencies must stay float32 in `.to()`.
-        self._unregistered = (embed, lm_head, rotary)
+        # In a tuple nn.Module does not register them: they are the target's, or the head's own once more, and the frequencies must stay
+        # float32 in `.to()`.
+        self._unregistered = (embed, lm_head, rotary, final_norm)
 
     @classmethod
     def from_target(cls, target: nn.Module) -> MtpHead:
@@ -98,31 +124,50 @@ class MtpHead(nn.Module):
         `eh_proj` starts as the identity on the (normalised) hidden state plus a tenth of the embedding. The weights have the
         target's dtype and device and don't require grad. Raises `HeadError` if the target isn't built like Llama.
         """
-        decoder, embed, lm_head = _parts(target)
-        layer = copy.deepcopy(decoder.layers[-1])
-        for module in layer.modules():  # hooks belong to the target (offload, output capture), not to the copy
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-                hooks.clear()
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = 0
-            if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = False
-            if hasattr(module, "config"):  # a copy too; whatever runs the target's attention, this layer's is stock
-                module.config._attn_implementation = "sdpa" if getattr(target, "_supports_sdpa", False) else "eager"
-        head = cls(
-            layer=layer,
-            norm=copy.deepcopy(decoder.norm),
-            enorm=_identity_norm(decoder.norm),
-            hnorm=_identity_norm(decoder.norm),
-            rotary=copy.deepcopy(decoder.rotary_emb),  # dynamic kinds of RoPE change their buffers
-            embed=embed,
-            lm_head=lm_head,
-        )
+        parts = target_parts(target)
+        head = cls._around(own_copy(parts.layer, target), target, parts, PLAIN)
         with torch.no_grad():
             weight = head.eh_proj.weight
             eye = torch.eye(weight.shape[0], dtype=weight.dtype, device=weight.device)
             weight.copy_(torch.cat([0.1 * eye, eye], dim=1))
         return head.requires_grad_(False).eval()
+
+    @classmethod
+    def for_family(cls, target: nn.Module, family: Family, layers: Sequence[Mapping[str, torch.Tensor]]) -> MtpHead:
+        """A head of `family` with a layer for each of `layers`, whose names and shapes decide between a target's kinds of layer.
+
+        Its weights are still those of the target's layers, or random.
+        """
+        parts = target_parts(target)
+        steps = []
+        for i, weights in enumerate(layers):
+            layer, kind, window = family_layer(target, parts, i, weights)
+            step = cls._around(layer, target, parts, family)
+            step.window = window
+            step.rope_type = kind if "layer_type" in inspect.signature(type(parts.rotary).forward).parameters else None
+            steps.append(step)
+        steps[0].further.extend(steps[1:])
+        return steps[0].requires_grad_(False).eval()
+
+    @classmethod
+    def _around(cls, layer: Any, target: nn.Module, parts: TargetParts, family: Family) -> MtpHead:
+        return cls(
+            layer=layer,
+            norm=copy.deepcopy(parts.norm) if "norm" in family.parts else nn.Identity(),
+            enorm=_identity_norm(parts.norm),
+            hnorm=_identity_norm(parts.norm),
+            rotary=copy.deepcopy(parts.rotary),  # dynamic kinds of RoPE change their buffers
+            embed=parts.embed,
+            lm_head=parts.lm_head,
+            wiring=family.wiring,
+            final_norm=parts.norm,
+            own_head="head" in family.parts,
+        )
+
+    @property
+    def chain(self) -> list[MtpHead]:
+        """The head's layers, the first one (itself) included."""
+        return [self, *self.further]  # type: ignore[list-item]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,6 +181,16 @@ class MtpHead(nn.Module):
     def hidden_size(self) -> int:
         return self.eh_proj.out_features
 
+    def take(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the first layer is fed for the target's hidden states (the LM head's inputs), ``[..., H]`` -> ``[..., H]``.
+
+        A family that wants them from before the final norm gets them up to a factor for each row, which `hnorm` takes out again.
+        """
+        if not self.wiring.takes_raw:
+            return hidden
+        scale = self._unregistered[3](torch.ones_like(hidden[..., :1, :]))  # the norm's weight: its input has unit mean square
+        return hidden / scale
+
     def forward(
         self,
         tokens: torch.Tensor,
@@ -144,39 +199,54 @@ class MtpHead(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` (after the head's norm) from pairs of `tokens` ``[B, T]`` and `hidden` ``[B, T, H]``.
+        """Hidden states ``[B, T, H]`` for `logits` and for the next step, from pairs of `tokens` ``[B, T]`` and `hidden` ``[B, T, H]``.
 
-        Row i pairs ``hidden[:, i]`` with the token that it predicted; the result predicts the token after that. The rows follow
-        those in `kv` and are appended to it. `positions` ``[B or 1, T]`` default to the rows' indices in `kv` (vLLM's choice: under RoPE
-        only differences count). `mask` (True: may be seen), ``[B or 1, 1, T, length + T]``, defaults to causal.
+        Row i pairs ``hidden[:, i]`` with the token that it predicted; the result (after the head's norm, unless the family feeds on
+        what is before it) predicts the token after that. The rows follow those in `kv` and are appended to it. `positions`
+        ``[B or 1, T]`` default to the rows' indices in `kv` (vLLM's choice: under RoPE only differences count). `mask` (True: may be
+        seen), ``[B or 1, 1, T, length + T]``, defaults to causal.
         """
         past = kv.length if kv is not None else 0
         n = tokens.shape[1]
         if positions is None:
             positions = torch.arange(past, past + n, device=tokens.device)[None]
-        if mask is None and n > 1 and (past or self._eager):  # sdpa knows the plain causal triangle without a mask
+        narrow = self.window is not None and past + n > self.window
+        if mask is None and (narrow or (n > 1 and (past or self._eager))):  # sdpa knows the plain causal triangle without a mask
             mask = torch.ones(n, past + n, dtype=torch.bool, device=tokens.device).tril(past)[None, None]
+            if narrow:
+                assert self.window is not None
+                mask = mask.triu(past - self.window + 1)
         if mask is not None and self._eager:
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
-        embedded = self._unregistered[0](tokens)
-        z = self.eh_proj(torch.cat([self.enorm(embedded), self.hnorm(hidden)], dim=-1))
+        embed, _, rotary, _ = self._unregistered
+        embedded = embed(tokens)
+        if self.wiring.zero_first:
+            embedded = embedded.masked_fill((positions == 0)[..., None], 0)
+        halves = [self.enorm(embedded), self.hnorm(hidden)]
+        z = self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
         z = self.layer(
             z,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=kv,
             use_cache=kv is not None,
-            position_embeddings=self._unregistered[2](z, positions),
+            position_embeddings=rotary(z, positions, *([self.rope_type] if self.rope_type else [])),
         )
-        return self.norm(z[0] if isinstance(z, tuple) else z)
+        z = z[0] if isinstance(z, tuple) else z
+        return z if self.wiring.feeds_raw else self.norm(z)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The target's LM head on this head's hidden states: ``[..., H]`` -> ``[..., V]``."""
-        return self._unregistered[1](hidden)
+        """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
+        return self._unregistered[1](self.norm(hidden) if self.wiring.feeds_raw else hidden)
 
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """The head's weights under the names of the file; the tensors are the parameters themselves."""
-        return {PREFIX + _file_name(name): tensor for name, tensor in self.state_dict().items()}
+        return {
+            f"model.layers.{i}." + _file_name(name): tensor
+            for i, step in enumerate(self.chain)
+            for name, tensor in step.state_dict().items()
+            if not name.startswith("further.")
+        }
 
 
 def save_head(head: MtpHead, path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
@@ -194,77 +264,51 @@ def save_head(head: MtpHead, path: str | Path, metadata: Mapping[str, str] | Non
     return file
 
 
-def load_head(path: str | Path, target: nn.Module) -> MtpHead:
-    """Read a head for `target` from a safetensors file, or from the folder that holds one (or its shards).
+def load_head(path: str | Path | None, target: nn.Module) -> MtpHead:
+    """Read a head for `target` from a safetensors file, from the folder that holds one (or its shards), from an exported NextN folder
+    or the checkpoint of a known family; None looks in the target's own checkpoint (`specfx.drafters.mtp_families.find_head`).
 
-    Raises `HeadError`, which names every weight in question with both shapes, if the file lacks a weight, has one too many or one of
-    another shape, or if a weight is not finite in the target's dtype. A head of another precision is cast, with a warning.
+    Raises `HeadError`, which names every weight in question with both shapes, if a weight is missing, left over or of another shape,
+    or not finite in the target's dtype. A head of another precision is cast, with a warning.
     """
-    found = _read(Path(path))
-    head = MtpHead.from_target(target)
-    expected = head.checkpoint()
-    problems = [f"missing {name} {_shape(tensor)}" for name, tensor in expected.items() if name not in found]
-    problems += [f"left over {name} {_shape(tensor)}" for name, tensor in found.items() if name not in expected]
-    problems += [
-        f"{name} is {_shape(found[name])} in the file, {_shape(tensor)} for this target"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
-    ]
-    if problems:
-        raise HeadError(f"the head {path} does not fit {type(target).__name__}: {'; '.join(problems)}. Train a head for this target.")
-    strange = {str(t.dtype): name for name, t in found.items() if not t.dtype.is_floating_point}
-    if strange:
-        raise HeadError(f"the head {path} holds weights that are not floating point: {strange}. Save it as bfloat16 or float32.")
-    with torch.no_grad():
-        for name, tensor in expected.items():
-            tensor.copy_(found[name])
-    broken = [name for name, tensor in expected.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise HeadError(f"the head {path} is not finite as {head.dtype}: {', '.join(broken)}. Use a head or target of another precision.")
-    stored = {t.dtype for t in found.values()} - {head.dtype}
-    if stored:
-        kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in stored))
-        warnings.warn(f"the head {path} is stored as {kinds} and was cast to its target's {head.dtype}".replace("torch.", ""), stacklevel=2)
-    return head
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    if path.is_dir():
-        whole = path / "model.safetensors"
-        files = [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
+    found = find_head(target, path)
+    where = found.where
+    stored = [to_target_names(target, weights, where) for weights in found.read()]
+    if found.family is PLAIN:
+        head = MtpHead.from_target(target)
+        head.further.extend(MtpHead.from_target(target) for _ in stored[1:])
     else:
-        files = [path] if path.is_file() else []
-    if not files:
-        raise HeadError(f"no head at {path}: give a .safetensors file or a folder that holds one (see examples/train_mtp_head.py)")
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                part = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise HeadError(f"the head {file} can't be read as safetensors: {e}") from e
-        twice = sorted(weights.keys() & part.keys())
-        if twice:
-            raise HeadError(f"the head {path} holds {', '.join(twice)} twice (again in {file.name}): keep one head in a folder")
-        weights |= part
-    return weights
-
-
-def _parts(target: Any) -> tuple[Any, nn.Module, nn.Module]:
-    """(decoder, embedding, LM head) of a Llama-like target."""
-    decoder: Any = target.get_decoder() if hasattr(target, "get_decoder") else None
-    lacking = [name for name in ("layers", "norm", "rotary_emb") if getattr(decoder, name, None) is None]
-    embed, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
-    lacking += [name for name, module in (("input embeddings", embed), ("LM head", lm_head)) if module is None]
-    if not lacking:
-        layer = decoder.layers[-1]
-        takes = inspect.signature(layer.forward).parameters
-        lacking = [f"a layer that takes {name}" for name in ("position_embeddings", "past_key_values") if name not in takes]
-        lacking += ["self-attention in its last layer"] if not hasattr(layer, "self_attn") else []
-        lacking += [f"floating-point {n}" for n, p in layer.named_parameters() if not p.dtype.is_floating_point]
-    if lacking:
-        raise HeadError(f"{type(target).__name__} can't have an MTP head: it is not built like Llama (lacks {', '.join(lacking)})")
-    return decoder, embed, lm_head
+        head = MtpHead.for_family(target, found.family, stored)
+    expected = [{n: t for n, t in step.state_dict().items() if not n.startswith("further.")} for step in head.chain]
+    problems: list[str] = []
+    for i, (have, want) in enumerate(zip(stored, expected, strict=True)):
+        named = functools.partial(found.stored_name, i)
+        problems += [f"missing {named(part)} {_shape(tensor)}" for part, tensor in want.items() if part not in have]
+        problems += [f"left over {named(part)} {_shape(tensor)}" for part, tensor in have.items() if part not in want]
+        problems += [
+            f"{named(part)} is {_shape(have[part])} in the file, {_shape(tensor)} for this target"
+            for part, tensor in want.items()
+            if part in have and have[part].shape != tensor.shape
+        ]
+    problems += [f"left over {name} {found.shape(name)}" for name in found.left_over]
+    if problems:
+        raise HeadError(f"the head {where} does not fit {type(target).__name__}: {'; '.join(problems)}. Train a head for this target.")
+    broken, casts = [], set()
+    with torch.no_grad():
+        for i, (have, want) in enumerate(zip(stored, expected, strict=True)):
+            for part, tensor in want.items():
+                tensor.copy_(have[part])
+                casts |= {have[part].dtype} - {tensor.dtype}
+                if not torch.isfinite(tensor).all():
+                    broken.append(found.stored_name(i, part))
+    if broken:
+        raise HeadError(f"the head {where} is not finite as {head.dtype}: {', '.join(broken)}. Use a head or target of another precision.")
+    if casts:
+        kinds = ", ".join(sorted(str(d).removeprefix("torch.") for d in casts))
+        warnings.warn(
+            f"the head {where} is stored as {kinds} and was cast to its target's {head.dtype}".replace("torch.", ""), stacklevel=2
+        )
+    return head
 
 
 def _identity_norm(norm: Any) -> nn.Module:

@@ -1,0 +1,665 @@
+"""MTP heads of published families: tiny checkpoints written with exactly their names, found, read strictly, drafted with and exported.
+
+The checkpoints are written by hand from `CASES` (the names of `../shared/mtp-families.md`) and know nothing of the table in specfx.
+Families that transformers has are tested on their own architecture; MiMo-7B, GLM-OCR and Step-3.5 (without images) on a Qwen whose
+``model_type`` is patched.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import _MOE, _SIZES, VOCAB, WINDOW, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+import specfx
+from specfx.cli import main
+from specfx.drafters import mtp_families
+from specfx.drafters.mtp import MtpDrafter
+from specfx.drafters.mtp_export import export_nextn
+from specfx.drafters.mtp_families import FAMILIES, Wiring, find_head
+from specfx.drafters.mtp_head import MtpHead, load_head, save_head
+from specfx.errors import HeadError
+from specfx.options import MtpOptions
+
+DEEPSEEK = {"enorm": "{layer}enorm", "hnorm": "{layer}hnorm", "proj": "{layer}eh_proj", "norm": "{layer}shared_head.norm"}
+QWEN = {"enorm": "mtp.pre_fc_norm_embedding", "hnorm": "mtp.pre_fc_norm_hidden", "proj": "mtp.fc", "norm": "mtp.norm"}
+COPIES = {"{layer}embed_tokens": "embed", "{layer}shared_head.head": "head"}
+_ALTERNATING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+_MLA = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+_NO_HEAD_DIM = {k: v for k, v in _SIZES.items() if k != "head_dim"}
+_DEEPSEEK_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 32}
+_LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One tiny checkpoint. layer: prefix of layer i. rename: (in the module, in the file) for the decoder layer's names. dense: its
+    MLP is that of the target's layer 0. layers: how many."""
+
+    model: str
+    settings: dict[str, Any]
+    layer: str = "model.layers.{n}."
+    parts: dict[str, str] = field(default_factory=lambda: DEEPSEEK)
+    copies: dict[str, str] = field(default_factory=lambda: COPIES)
+    rename: tuple[tuple[str, str], ...] = ()
+    dense: bool = False
+    layers: int = 1
+    model_type: str | None = None
+    stock: bool = False
+
+
+def _final(layer: str) -> dict[str, str]:
+    return {"enorm": layer + "enorm", "hnorm": layer + "hnorm", "proj": layer + "eh_proj", "norm": layer + "final_layernorm"}
+
+
+CASES: dict[str, Case] = {
+    "deepseek_v3": Case("deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1}, stock=True),
+    "deepseek_v3, two layers": Case(
+        "deepseek_v3", {"num_key_value_heads": 4, "first_k_dense_replace": 1, "num_nextn_predict_layers": 2}, layers=2, stock=True
+    ),
+    "glm4_moe": Case("glm4_moe", _SIZES | _DEEPSEEK_MOE | {"n_shared_experts": 1, "first_k_dense_replace": 1}, stock=True),
+    "glm4_moe_lite": Case("glm4_moe_lite", _NO_HEAD_DIM | _MLA | _DEEPSEEK_MOE | {"num_key_value_heads": 4, "n_shared_experts": 1}),
+    "glm_ocr": Case("qwen3", {"num_nextn_predict_layers": 1}, layer="model.language_model.layers.{n}.", model_type="glm_ocr_text"),
+    "qwen3_next": Case("qwen3_next", {}, layer="mtp.layers.{i}.", parts=QWEN, copies={}),
+    "qwen3_5": Case(
+        "qwen3_5_text",
+        _SIZES | _LINEAR | {"layer_types": ["linear_attention", "full_attention"], "mtp_num_hidden_layers": 1},
+        layer="mtp.layers.{i}.",
+        parts=QWEN,
+        copies={},
+    ),
+    "exaone_moe": Case(
+        "exaone_moe",
+        _SIZES | _MOE | _ALTERNATING | {"num_shared_experts": 1, "num_nextn_predict_layers": 1},
+        layer="mtp.layers.{i}.",
+        parts=QWEN,
+        copies={},
+        rename=(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"),),
+    ),
+    "mellum": Case(
+        "mellum",
+        _SIZES | _MOE | _ALTERNATING | {"num_mtp_layers": 1},
+        layer="mtp.layers.{i}.",
+        parts=QWEN,
+        copies={},
+        stock=True,
+    ),
+    "mimo": Case(
+        "qwen2",
+        {"num_nextn_predict_layers": 1},
+        layer="model.mtp_layers.{i}.",
+        parts={
+            "enorm": "{layer}token_layernorm",
+            "hnorm": "{layer}hidden_layernorm",
+            "proj": "{layer}input_proj",
+            "norm": "{layer}final_layernorm",
+        },
+        copies={},
+        model_type="mimo",
+    ),
+    "mimo_v2": Case(
+        "mimo_v2_flash",
+        _SIZES | _ALTERNATING | {k: v for k, v in _DEEPSEEK_MOE.items() if "group" not in k} | {"v_head_dim": 8},
+        layer="model.mtp.layers.{i}.",
+        parts=_final("{layer}"),
+        copies={},
+        rename=(("post_attention_layernorm", "pre_mlp_layernorm"), ("self_attn.sinks", "self_attn.attention_sink_bias")),
+        dense=True,
+        layers=3,
+    ),
+    "ernie4_5_moe": Case(
+        "ernie4_5_moe",
+        _NO_HEAD_DIM
+        | {"moe_intermediate_size": 32, "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1, "num_nextn_predict_layers": 1},
+        layer="model.mtp_block.{i}.",
+        parts={"enorm": "model.mtp_emb_norm.{i}", "hnorm": "model.mtp_hidden_norm.{i}", "proj": "model.mtp_linear_proj.{i}"},
+        copies={},
+        dense=True,
+    ),
+    "longcat_flash": Case(
+        "longcat_flash",
+        {k: v for k, v in _NO_HEAD_DIM.items() if k not in ("intermediate_size", "num_hidden_layers", "num_key_value_heads")}
+        | _MLA
+        | {"num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "n_routed_experts": 4, "zero_expert_num": 2}
+        | {"moe_topk": 2, "head_dim": 8},
+        layer="model.mtp.layers.{i}.",
+        parts={"enorm": "{layer}enorm.m", "hnorm": "{layer}hnorm.m", "proj": "{layer}eh_proj", "norm": "model.mtp.norm"},
+        copies={"model.mtp.embed_tokens": "embed"},
+        rename=(("mlp.", "transformer_layer.mlp."),),
+    ),
+    "step3p7": Case(
+        "step3p7",
+        {
+            "text_config": _SIZES
+            | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "share_expert_dim": 32}
+            | {"sliding_window": WINDOW, "num_nextn_predict_layers": 3, "pad_token_id": 0}
+            | {"layer_types": ["full_attention", *["sliding_attention"] * 2, *["full_attention"] * 2]}
+            | {"mlp_layer_types": ["dense", "sparse", "sparse", "dense", "dense"]},
+            "vision_config": {"width": 32, "layers": 1, "heads": 2, "image_size": 28, "patch_size": 14},
+        },
+        parts={
+            "enorm": "{layer}enorm",
+            "hnorm": "{layer}hnorm",
+            "proj": "{layer}eh_proj",
+            "norm": "{layer}transformer.shared_head.norm",
+            "output": "{layer}transformer.shared_head.output",
+        },
+        copies={"{layer}embed_tokens": "embed"},
+        layers=3,
+        stock=True,
+    ),
+    "step3p5": Case(
+        "qwen3",
+        {"num_nextn_predict_layers": 3},
+        parts=DEEPSEEK | {"output": "{layer}shared_head.output"},
+        copies={"{layer}embed_tokens": "embed"},
+        layers=3,
+        model_type="step3p5",
+    ),
+    "bailing_hybrid": Case(
+        "bailing_hybrid",
+        _SIZES
+        | _MLA
+        | {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "layer_group_size": 2}
+        | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_shared_experts": 1}
+        | {"mtp_layer_types": ["full_attention"], "mtp_mlp_layer_types": ["sparse"]},
+        parts=_final("{layer}"),
+        rename=(
+            ("self_attn.o_proj", "attention.dense"),
+            ("self_attn.", "attention."),
+            ("mlp.gate.e_score_correction_bias", "mlp.gate.expert_bias"),
+        ),
+        stock=True,
+    ),
+    "hy_v3": Case(
+        "hy_v3",
+        _SIZES | _MOE | {"num_shared_experts": 1, "num_nextn_predict_layers": 1},
+        parts=_final("{layer}"),
+        rename=(
+            ("mlp.gate.weight", "mlp.router.gate.weight"),
+            ("mlp.e_score_correction_bias", "mlp.expert_bias"),
+            ("mlp.shared_experts.", "mlp.shared_mlp."),
+        ),
+    ),
+}
+NOT_SERVED = {"qwen3_next", "qwen3_5", "bailing_hybrid", "step3p7"}
+"""Models whose `generate` stays stock's: a recurrent state that no engine rolls back, or (Step) image inputs."""
+STOCK = [name for name, case in CASES.items() if case.stock]
+
+
+def target_of(case: Case) -> PreTrainedModel:
+    """The tiny target, deterministic."""
+    try:
+        model = tiny_model(case.model, **case.settings)
+    except KeyError:
+        config = AutoConfig.for_model(case.model, **case.settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            kind = AutoModelForImageTextToText if "text_config" in case.settings else AutoModelForCausalLM
+            model = kind.from_config(config, dtype=torch.float32).eval()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.2 * torch.randn_like(p)) if p.ndim == 1 else p.copy_(0.3 * torch.randn_like(p))
+        model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    if case.model_type is not None:
+        model.config.model_type = case.model_type
+    return model
+
+
+def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torch.Tensor]:
+    """Names and shapes of the decoder layer of the head's layer i, as the target's modules have them."""
+    layers = target.get_decoder().layers
+    if case.model == "longcat_flash":
+        pieces = {
+            "self_attn": layers[0].self_attn[0],
+            "mlp": layers[0].mlps[0],
+            "input_layernorm": layers[0].input_layernorm[0],
+            "post_attention_layernorm": layers[0].post_attention_layernorm[0],
+        }
+        return {f"{name}.{n}": t for name, piece in pieces.items() for n, t in piece.state_dict().items()}
+    if case.stock:
+        return type(layers[-1])(target.config.get_mtp_config(), i).state_dict()
+    found = layers[-1].state_dict()
+    if case.dense:
+        found = {n: t for n, t in found.items() if not n.startswith("mlp.")}
+        found |= {n: t for n, t in layers[0].state_dict().items() if n.startswith("mlp.")}
+    return found
+
+
+def published(case: Case, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A module's tensor under the names that published checkpoints have: experts one by one."""
+    if name.endswith("experts.gate_up_proj"):
+        gate, up = tensor.chunk(2, dim=1)
+        if case.model == "step3p7":
+            return {"moe.gate_proj.weight": gate, "moe.up_proj.weight": up}
+        stem = name.removesuffix("gate_up_proj")
+        return {f"{stem}{e}.{kind}_proj.weight": t[e] for kind, t in (("gate", gate), ("up", up)) for e in range(len(tensor))}
+    if name.endswith("experts.down_proj"):
+        if case.model == "step3p7":
+            return {"moe.down_proj.weight": tensor}
+        return {f"{name.removesuffix('down_proj')}{e}.down_proj.weight": t for e, t in enumerate(tensor)}
+    if case.model == "step3p7":
+        for ours, theirs in (
+            ("mlp.gate.weight", "moe.gate.weight"),
+            ("mlp.gate.e_score_correction_bias", "moe.router_bias"),
+            ("mlp.shared_experts.", "share_expert."),
+        ):
+            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+    for ours, theirs in case.rename:
+        if name.startswith(ours):
+            return {theirs + name.removeprefix(ours): tensor}
+    return {name: tensor}
+
+
+def checkpoint(case: Case, target: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]:
+    """(the head's weights as published, for each layer the same under the names of `MtpHead`)."""
+    generator = torch.Generator().manual_seed(11)
+    size, first = target.get_input_embeddings().weight.shape[1], target.config.get_text_config().num_hidden_layers
+    vectors: dict[str, torch.Tensor] = {}
+
+    def random(shape: Any, scale: float = 0.2, around: float = 0.0) -> torch.Tensor:
+        return around + scale * torch.randn(shape, generator=generator)
+
+    weights: dict[str, torch.Tensor] = {}
+    truth: list[dict[str, torch.Tensor]] = []
+    for i in range(case.layers):
+        layer = case.layer.format(n=first + i, i=i)
+        own: dict[str, torch.Tensor] = {}
+        shapes = {"enorm": (size,), "hnorm": (size,), "proj": (size, 2 * size), "norm": (size,), "output": (VOCAB, size)}
+        for part, template in case.parts.items():
+            name = template.format(layer=layer, i=i) + ".weight"
+            vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith("norm") else 0.0))
+            weights[name] = vectors[name]
+            own[{"proj": "eh_proj", "output": "head"}.get(part, part) + ".weight"] = vectors[name]
+        for name, like in decoder_layer(case, target, i).items():
+            tensor = random(like.shape, 0.2, 1.0 if name.endswith("norm.weight") else 0.0)
+            own["layer." + name] = tensor
+            weights |= {layer + n: t.clone().contiguous() for n, t in published(case, name, tensor).items()}
+        for template, what in case.copies.items():
+            shared = target.get_input_embeddings() if what == "embed" else target.get_output_embeddings()
+            weights[template.format(layer=layer, i=i) + ".weight"] = shared.weight.detach().clone()
+        truth.append(own)
+    return weights, truth
+
+
+def write(folder: Path, target: PreTrainedModel, weights: dict[str, torch.Tensor], shards: int = 1) -> Path:
+    """A checkpoint folder of `target` and its head, sharded so that the last shards have the head; the target then names it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = target.config.to_dict() | {"model_type": target.config.model_type, "architectures": [type(target).__name__]}
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+    body = {"model.embed_tokens.weight": target.get_input_embeddings().weight.detach().clone(), "model.norm.weight": torch.ones(32)}
+    if shards == 1:
+        save_file(body | weights, folder / "model.safetensors")
+    else:
+        names, index = sorted(weights), {}
+        for s, part in enumerate([body, *({n: weights[n] for n in names[s :: shards - 1]} for s in range(shards - 1))]):
+            file = f"model-{s + 1:05}-of-{shards:05}.safetensors"
+            save_file(part, folder / file)
+            index |= dict.fromkeys(part, file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    target.config._name_or_path = str(folder)
+    return folder
+
+
+@dataclass
+class Made:
+    case: Case
+    target: PreTrainedModel
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    truth: list[dict[str, torch.Tensor]]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Callable[..., Made]:
+    def made(name: str, shards: int = 1, dtype: torch.dtype = torch.float32) -> Made:
+        case = CASES[name]
+        target = target_of(case)
+        weights, truth = checkpoint(case, target)
+        folder = write(tmp_path / "checkpoint", target, {n: t.to(dtype) for n, t in weights.items()}, shards)
+        return Made(case, target, folder, weights, truth)
+
+    return made
+
+
+def states(head: MtpHead) -> list[dict[str, torch.Tensor]]:
+    return [{n: t for n, t in step.state_dict().items() if not n.startswith("further.")} for step in head.chain]
+
+
+def same(found: list[dict[str, torch.Tensor]], truth: list[dict[str, torch.Tensor]]) -> bool:
+    assert [step.keys() for step in found] == [step.keys() for step in truth]
+    return all(torch.equal(a[n], b[n]) for a, b in zip(found, truth, strict=True) for n in b)
+
+
+@torch.no_grad()
+def true_hidden(target: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    return target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_weight_lands_where_it_belongs(name: str, make: Callable[..., Made]) -> None:
+    made = make(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        head = load_head(None, made.target)
+    assert len(head.chain) == made.case.layers
+    assert same(states(head), made.truth)
+    assert same(states(load_head(made.folder, made.target)), made.truth)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_drafts_equal_a_recomputation_without_kv(name: str, make: Callable[..., Made]) -> None:
+    """Layer k over all rows, recomputed at every draft; commits of several sizes, more steps than layers."""
+    target = make(name).target
+    drafter = MtpDrafter(MtpOptions(num_steps=4), 63, target)
+    head, generator = drafter.head, torch.Generator().manual_seed(3)
+    known = torch.randint(VOCAB, (11,), generator=generator).tolist()
+    drafter.add(0, known)
+    for i, n in enumerate((1, 1, 3, 2, 5, 1)):
+        known += torch.randint(VOCAB, (n,), generator=generator).tolist()
+        hidden = true_hidden(target, known[:-1])
+        drafter.accept(0, known[-n:], hidden if i == 0 else hidden[-n:])
+        for budget in (2, 4) if i % 2 else (4,):
+            tree = drafter.propose([0], [budget])[0]
+            assert list(tree.tokens) == recomputed(head, known, hidden, budget), (i, budget)
+
+
+@torch.no_grad()
+def recomputed(head: MtpHead, known: list[int], hidden: torch.Tensor, steps: int) -> list[int]:
+    rows, chain = head.take(hidden)[None], list[int]()
+    for k in range(steps):
+        layer = head.chain[min(k, len(head.chain) - 1)]
+        if k < len(head.chain):
+            tokens = (known + chain)[k + 1 :]
+        else:  # the last layer, once more: a row behind those that it has
+            tokens, rows = [*tokens, chain[-1]], torch.cat([fed, out[:, -1:]], dim=1)  # noqa: F821
+        fed = rows
+        out = layer(torch.tensor([tokens]), fed)
+        chain.append(int(layer.logits(out[:, -1]).argmax()))
+        rows = out
+    return chain
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_equals_stock(name: str, batch: int, make: Callable[..., Made]) -> None:
+    target = make(name).target
+    prompts = torch.randint(VOCAB, (batch, 12), generator=torch.Generator().manual_seed(7))
+    arguments = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones_like(prompts), "pad_token_id": 0}
+    stock = target.generate(prompts, **arguments)
+    specfx.speculate(target, "mtp", engine="graph", compile="off")
+    assert torch.equal(target.generate(prompts, **arguments), stock), str(specfx.explain(target))
+    assert (specfx.stats(target).last.drafted_nodes == 0) == (name in NOT_SERVED), str(specfx.explain(target))
+
+
+@pytest.mark.parametrize("name", STOCK)
+@torch.no_grad()
+def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: Callable[..., Made]) -> None:
+    from transformers.cache_utils import MtpCache
+    from transformers.modeling_layers import MtpModel
+
+    made = make(name)
+    target, n = made.target, made.case.layers
+    drafter = MtpDrafter(MtpOptions(num_steps=n), 63, target)
+    head = drafter.head
+    if "output" in made.case.parts:  # transformers runs Step's layers with the target's head, on normed hidden states
+        for step in head.chain:
+            step.wiring = Wiring()
+            step.head.weight.copy_(target.get_output_embeddings().weight)
+    stock = MtpModel(target, n).eval()
+    for i, step in enumerate(made.truth):
+        layer = stock.layers[i]
+        layer.mtp_block.load_state_dict({n.removeprefix("layer."): t for n, t in step.items() if n.startswith("layer.")})
+        for part, module in (("enorm", layer.enorm), ("hnorm", layer.hnorm), ("eh_proj", layer.eh_proj), ("norm", layer.post_norm)):
+            module.weight.copy_(step[part + ".weight"])
+    known = torch.randint(VOCAB, (3 * WINDOW,), generator=torch.Generator().manual_seed(2)).tolist()
+    hidden = true_hidden(target, known[:-1])
+    ids, positions = torch.tensor([known[1:]]), torch.arange(1, len(known))[None]
+    cache = MtpCache(config=target.config.get_mtp_config())
+    tokens, _, _ = stock(ids, hidden[None], attention_mask=None, position_ids=positions, mtp_cache=cache)
+    drafter.add(0, known[:-1])
+    drafter.accept(0, known[-1:], hidden)
+    assert list(drafter.propose([0], [n])[0].tokens) == tokens[0].tolist()
+    cache, ours, theirs = MtpCache(config=target.config.get_mtp_config()), hidden[None], hidden[None]
+    for i, step in enumerate(head.chain):
+        theirs = stock.forward_layer(i, theirs, positions, cache, input_ids=ids)
+        ours = step(ids, ours)
+        torch.testing.assert_close(step.norm(ours) if step.wiring.feeds_raw else ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step.logits(ours), target.get_output_embeddings()(theirs), rtol=1e-4, atol=1e-4)
+        ids, positions = torch.cat([ids[:, 1:], tokens[:, i : i + 1]], dim=1), positions + 1
+
+
+@torch.no_grad()
+def test_hidden_state_from_before_the_norm_reaches_hnorm(make: Callable[..., Made]) -> None:
+    """Step takes it; what comes out of hnorm is the same as if the engine had handed it out."""
+    target = make("step3p7").target
+    head, tokens = load_head(None, target), list(range(20))
+    raw: list[torch.Tensor] = []
+    hook = target.get_decoder().norm.register_forward_pre_hook(lambda _, inputs: raw.append(inputs[0]))
+    normed = true_hidden(target, tokens)
+    hook.remove()
+    torch.testing.assert_close(head.hnorm(head.take(normed)), head.hnorm(raw[0][0]), rtol=1e-4, atol=1e-4)
+
+
+HIDDEN_FIRST, NO_NORM, ZERO_FIRST, GEMMA = (
+    {"mimo"},
+    {"ernie4_5_moe"},
+    {"mimo", "ernie4_5_moe", "hy_v3"},
+    {"qwen3_next", "qwen3_5", "step3p7"},
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+@torch.no_grad()
+def test_wiring_is_the_familys(name: str, make: Callable[..., Made]) -> None:
+    """What goes into the decoder layer and what becomes of its output, written out from the checkpoint's weights."""
+    made = make(name)
+    head, weights = load_head(None, made.target), made.truth[0]
+    tokens, hidden = torch.randint(VOCAB, (1, 6)), torch.randn(1, 6, 32)
+    seen: dict[str, torch.Tensor] = {}
+    head.layer.register_forward_pre_hook(lambda _, inputs: seen.update(z=inputs[0]))
+    head.layer.register_forward_hook(lambda _, inputs, out: seen.update(out=out[0] if isinstance(out, tuple) else out))
+
+    def norm(x: torch.Tensor, part: str) -> torch.Tensor:
+        weight = weights[part + ".weight"] + (1 if name in GEMMA else 0)
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + made.target.config.get_text_config().rms_norm_eps)
+
+    logits = head.logits(head(tokens, hidden))
+    embedded = made.target.get_input_embeddings().weight[tokens].clone()
+    if name in ZERO_FIRST:
+        embedded[:, 0] = 0
+    halves = [norm(embedded, "enorm"), norm(hidden, "hnorm")]
+    z = torch.cat(halves[::-1] if name in HIDDEN_FIRST else halves, -1) @ weights["eh_proj.weight"].T
+    torch.testing.assert_close(seen["z"], z, rtol=1e-4, atol=1e-4)
+    out = seen["out"] if name in NO_NORM else norm(seen["out"], "norm")
+    vocabulary = weights["head.weight"] if "output" in made.case.parts else made.target.get_output_embeddings().weight
+    torch.testing.assert_close(logits, out @ vocabulary.T, rtol=1e-4, atol=1e-3)
+    fed = seen["out"] if name.startswith(("glm", "step")) or name in NO_NORM else out
+    torch.testing.assert_close(head(tokens, hidden), fed, rtol=1e-4, atol=1e-4)
+
+
+def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_missing_weights_are_named(name: str, make: Callable[..., Made]) -> None:
+    made = make(name)
+    stored = case_name(made, "hnorm")
+    attention = next(n for n in made.weights if n.endswith("o_proj.weight") or n.endswith("dense.weight"))
+    resave(made.folder, lambda w: [w.pop(n) for n in (stored, attention)])
+    with pytest.raises(HeadError) as caught:
+        load_head(None, made.target)
+    assert f"missing {stored} [32]" in str(caught.value)
+    assert "o_proj.weight" in str(caught.value)
+    assert str(made.folder) in str(caught.value)
+
+
+def case_name(made: Made, part: str) -> str:
+    first = made.target.config.get_text_config().num_hidden_layers
+    return made.case.parts[part].format(layer=made.case.layer.format(n=first, i=0), i=0) + ".weight"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_left_over_weights_are_named(name: str, make: Callable[..., Made]) -> None:
+    made = make(name)
+    first = made.target.config.get_text_config().num_hidden_layers
+    stranger = made.case.layer.format(n=first, i=0) + "stranger.weight"
+    resave(made.folder, lambda w: w.update({stranger: torch.ones(3)}))
+    with pytest.raises(HeadError, match=rf"left over {stranger} \[3\]"):
+        load_head(None, made.target)
+
+
+def test_misshapen_weights_are_named_with_both_shapes(make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3")
+    name = case_name(made, "proj")
+    resave(made.folder, lambda w: w.update({name: torch.ones(32, 32)}))
+    with pytest.raises(HeadError, match=rf"{name} is \[32, 32\] in the file, \[32, 64\] for this target"):
+        load_head(None, made.target)
+
+
+@pytest.mark.parametrize("gone", [("down_proj",), ("gate_proj", "up_proj", "down_proj"), ("up_proj",)])
+def test_a_missing_expert_is_an_error(gone: tuple[str, ...], make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3")
+    resave(made.folder, lambda w: [w.pop(f"model.layers.2.mlp.experts.1.{kind}.weight") for kind in gone])
+    with pytest.raises(HeadError, match=r"mlp\.experts"):
+        load_head(None, made.target)
+
+
+def test_weights_of_a_further_layer_are_left_over(make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3, two layers")
+    made.target.config.num_nextn_predict_layers = 1
+    with pytest.raises(HeadError, match=r"left over model\.layers\.3\.enorm\.weight"):
+        load_head(None, made.target)
+
+
+def test_a_layer_that_the_config_promises_is_missed(make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3")
+    made.target.config.num_nextn_predict_layers = 2
+    with pytest.raises(HeadError, match=r"missing model\.layers\.3\.enorm\.weight"):
+        load_head(None, made.target)
+
+
+def test_fp8_and_integer_weights_are_refused_by_name(make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3")
+    name = case_name(made, "proj")
+    resave(made.folder, lambda w: w.update({name: w[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(HeadError, match=rf"not floating point: {name} \(F8_E4M3\)"):
+        load_head(None, made.target)
+
+
+def test_another_precision_is_cast_with_a_warning(make: Callable[..., Made]) -> None:
+    made = make("qwen3_next", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match="stored as bfloat16 and was cast to its target's float32"):
+        load_head(None, made.target)
+
+
+def test_a_cast_that_loses_a_weight_is_refused(make: Callable[..., Made]) -> None:
+    made = make("qwen3_next")
+    resave(made.folder, lambda w: w.update({"mtp.fc.weight": w["mtp.fc.weight"] * 1e6}))
+    with pytest.raises(HeadError, match=r"not finite as torch\.float16: mtp\.fc\.weight"):
+        load_head(None, made.target.half())
+
+
+def test_only_the_heads_tensors_are_read_and_once(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make("deepseek_v3", shards=4)
+    read: list[str] = []
+    real = mtp_families.read_tensor
+    monkeypatch.setattr(mtp_families, "read_tensor", lambda file, name: read.append(name) or real(file, name))
+    (made.folder / "model-00001-of-00004.safetensors").unlink()  # nothing of the head is in it
+    assert same(states(load_head(None, made.target)), made.truth)
+    copies = {n for n in made.weights if n.endswith(("embed_tokens.weight", "shared_head.head.weight"))}
+    assert sorted(read) == sorted(made.weights.keys() - copies)
+
+
+def test_a_checkpoint_without_a_head_says_where_it_looked(make: Callable[..., Made]) -> None:
+    made = make("deepseek_v3")
+    resave(made.folder, lambda w: [w.pop(n) for n in made.weights])
+    with pytest.raises(HeadError, match=r"no MTP head.*model\.layers\.2\..*DeepSeek-V3.*specfx train mtp") as caught:
+        specfx.speculate(made.target, "mtp")
+    assert str(made.folder) in str(caught.value)
+
+
+def test_a_model_type_without_heads_says_which_have_them(tmp_path: Path) -> None:
+    target = tiny_model("llama")
+    for place in ("", str(tmp_path), "someone/unknown"):
+        target.config._name_or_path = place
+        with pytest.raises(HeadError, match=r"'llama'.*Qwen3-Next.*specfx train mtp"):
+            specfx.speculate(target, "mtp")
+
+
+def test_a_model_made_from_nothing_has_no_checkpoint() -> None:
+    target = tiny_model("deepseek_v3")
+    for place in ("", "someone/unknown", "/nowhere/at all"):
+        target.config._name_or_path = place
+        with pytest.raises(HeadError, match="no checkpoint to look for an MTP head in"):
+            find_head(target)
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f.refusal is not None], ids=lambda f: f.name)
+def test_families_that_cannot_be_drafted_with_are_refused_by_name(family: mtp_families.Family, tmp_path: Path) -> None:
+    target = tiny_model("llama")
+    write(tmp_path, target, {family.layer[0].format(i=0) + "enorm.weight": torch.ones(32)})
+    target.config.model_type = family.model_types[0]
+    with pytest.raises(HeadError, match=f"{family.name} can't be drafted with"):
+        load_head(None, target)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export_loads_back_equal(name: str, make: Callable[..., Made], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = make(name, shards=3)
+    out = tmp_path / "nextn"
+    assert main(["export-nextn", str(made.folder), str(out)]) == 0
+    assert str(out) in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_hidden_layers"] == 1
+    assert config["architectures"] == [type(made.target).__name__ + "NextN"]
+    (file,) = out.glob("*.safetensors")
+    exported = load_file(file)
+    assert set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == exported.keys()
+    assert all(n.startswith(tuple(f"model.layers.{i}." for i in range(made.case.layers))) for n in exported)
+    assert not any("embed_tokens" in n for n in exported)
+    shutil.rmtree(made.folder)
+    head = load_head(out, made.target)
+    assert same(states(head), made.truth)
+    assert head.wiring == mtp_families.family_of([made.target.config.model_type]).wiring
+
+
+def test_deepseek_export_has_sglangs_names(make: Callable[..., Made], tmp_path: Path) -> None:
+    made = make("deepseek_v3")
+    out = export_nextn(made.target, tmp_path / "nextn")
+    weights = load_file(out / "model-00001-of-00001.safetensors")
+    expected = {n.replace("model.layers.2.", "model.layers.0.") for n in made.weights}
+    assert weights.keys() == {n for n in expected if not n.endswith(("embed_tokens.weight", "shared_head.head.weight"))}
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["DeepseekV3ForCausalLMNextN"]
+
+
+def test_export_refuses_what_it_would_lose(make: Callable[..., Made], tmp_path: Path) -> None:
+    made = make("qwen3_next")
+    with pytest.raises(HeadError, match="isn't an empty folder"):
+        export_nextn(made.folder, made.folder)
+    resave(made.folder, lambda w: w.update({"mtp.stranger": torch.ones(1)}))
+    with pytest.raises(HeadError, match=r"mtp\.stranger"):
+        export_nextn(made.folder, tmp_path / "nextn")
+    with pytest.raises(HeadError, match="nothing to export"):
+        export_nextn(save_head(MtpHead.from_target(made.target), tmp_path / "own").parent, tmp_path / "nextn")
+
+
+def test_a_trained_head_is_preferred_to_the_checkpoints_own(make: Callable[..., Made], tmp_path: Path) -> None:
+    made = make("deepseek_v3")
+    head = MtpHead.from_target(made.target)
+    loaded = load_head(save_head(head, tmp_path / "own"), made.target)
+    assert same(states(loaded), states(head))
+    assert not same(states(loaded), made.truth)
