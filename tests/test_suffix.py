@@ -580,7 +580,9 @@ def test_thirty_thousand_tokens_in_a_small_cache() -> None:
     assert_exact(drafter.cache.tree, contexts_of(drafter), stamped=False)
     assert drafted > 5000
     assert drafter.statistics().evicted > 100
-    assert max(sizes[len(sizes) // 3 :]) <= max(sizes[: len(sizes) // 3])
+    first, later = sizes[: len(sizes) // 3], sizes[len(sizes) // 3 :]
+    for early, late in zip(map(max, zip(*first, strict=True)), map(max, zip(*later, strict=True)), strict=True):
+        assert late <= 1.1 * early
 
 
 def test_preparing_compiles_everything_that_is_called() -> None:
