@@ -177,6 +177,27 @@ def test_hundreds_of_outputs_keep_their_own_credit() -> None:
     assert len(cache) == 400 - 133
 
 
+def test_outputs_that_stay_keep_their_credit_while_thousands_come_and_go() -> None:
+    """Numbers are used up, places in the ledger are not: no newcomer gets the place of one that is still there."""
+    cache = OutputCache(4, 10**6, -1)
+    staying = [cache.start(view(np.zeros(2, dtype=np.int32)))[0] for _ in range(5)]
+    half = len(cache._ledger) // 2
+    cache._ledger[half + np.array(staying)] = range(1, 6)
+    for _ in range(2000):
+        cursor = view(np.zeros(2, dtype=np.int32))
+        serial, written = cache.start(cursor)
+        assert serial not in staying
+        assert cache.credit(serial) == 0
+        written.append(7)
+        cache.tokens += 1
+        cache.tree.extend(cursor, np.array([7], dtype=np.int32), serial)
+        cache.end(serial)
+        assert cache._evict_one()
+        assert [cache.credit(s) for s in staying] == [1, 2, 3, 4, 5]
+    assert cache.serials == staying
+    assert len(cache._ledger) == 2 * half
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------------------
 
 
