@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -465,6 +466,33 @@ def test_several_threads_may_use_one_drafter(tmp_path: Path) -> None:
     assert_exact(drafter.cache.tree, contexts_of(drafter), stamped=False)
     assert np.isfinite(drafter._model).all()
     SuffixDrafter(SuffixOptions(cache=tmp_path / "cache"), 15)
+
+
+def test_an_id_that_two_threads_add_at_once_is_given_to_one() -> None:
+    drafter = SuffixDrafter(SuffixOptions(), 15)
+    inside, refused = threading.Event(), []
+
+    def second() -> None:
+        inside.wait(10)
+        with pytest.raises(ValueError, match="in use"):
+            drafter.add(7, [1])
+        refused.append(True)
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    changing = drafter._changing
+
+    def slow_changing() -> Any:
+        inside.set()
+        time.sleep(0.2)  # the first call is past its check: the second must wait for it
+        return changing()
+
+    with mock.patch.object(drafter, "_changing", slow_changing):
+        drafter.add(7, [1])
+    thread.join(10)
+    assert refused == [True]
+    drafter.remove(7)
+    assert drafter.statistics().requests == drafter.statistics().outputs == 0
 
 
 @pytest.mark.parametrize("interrupted", ["specfx.drafters.suffix_model.accept", "specfx.drafters.suffix_cache.OutputCache.make_room"])

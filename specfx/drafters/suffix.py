@@ -132,15 +132,15 @@ class SuffixDrafter:
         with self._lock:
             if seq in self._requests:
                 raise ValueError(f"sequence {seq} is in use: remove it before it is added again")
-        with self._changing():
-            fields = request.fields
-            request.tree.extend(fields[kernels.TAIL : kernels.TAIL + 2], tokens, 1, 1)
-            fields[kernels.POSITION] = len(tokens)
-            self._requests[seq] = request
-            request.serial, request.written = self.cache.start(request.output)
-            fields[kernels.SERIAL] = request.serial
-            known = tokens[-self.options.max_tree_depth :]
-            kernels.match_all(self.cache.tree.view, fields, view(known), 0, len(known))
+            with self._changing():
+                fields = request.fields
+                request.tree.extend(fields[kernels.TAIL : kernels.TAIL + 2], tokens, 1, 1)
+                fields[kernels.POSITION] = len(tokens)
+                self._requests[seq] = request
+                request.serial, request.written = self.cache.start(request.output)
+                fields[kernels.SERIAL] = request.serial
+                known = tokens[-self.options.max_tree_depth :]
+                kernels.match_all(self.cache.tree.view, fields, view(known), 0, len(known))
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
         with self._lock:
