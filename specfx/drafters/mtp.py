@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from specfx.drafters.mtp_head import HeadKV, load_head
-from specfx.errors import HeadError, Refusal
+from specfx.errors import Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
@@ -69,13 +69,7 @@ class MtpDrafter:
 
     def __init__(self, options: MtpOptions, max_nodes: int, target: nn.Module) -> None:
         self.head = load_head(options.head, target)
-        try:  # before any work is lost: not every family's layers can be driven from outside their model
-            with torch.no_grad():
-                tokens = torch.zeros(1, 2, dtype=torch.long, device=self.head.device)
-                for layer in self.head.chain:
-                    layer(tokens, torch.zeros(1, 2, layer.hidden_size).to(layer.eh_proj.weight), HeadKV())
-        except Exception as e:
-            raise HeadError(f"the layers of {type(target).__name__} can't be run as an MTP head: {type(e).__name__}: {e}") from e
+        self.head.try_out(target)
         self._path = options.head if options.head is not None else "in the target's checkpoint"
         self._steps = min(options.num_steps, max_nodes)
         self._sequences: dict[int, _Sequence] = {}

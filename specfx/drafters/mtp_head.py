@@ -239,6 +239,19 @@ class MtpHead(nn.Module):
         """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
         return self._unregistered[1](self.norm(hidden) if self.wiring.feeds_raw else hidden)
 
+    @torch.no_grad()
+    def try_out(self, target: nn.Module) -> None:
+        """Run each layer once, before any work is lost: not every family's layers can be driven from outside their model.
+
+        Raises `HeadError`.
+        """
+        try:
+            for step in self.chain:
+                tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+                step(tokens, torch.zeros(1, 2, self.hidden_size, dtype=self.dtype, device=self.device), HeadKV())
+        except Exception as e:
+            raise HeadError(f"the layers of {type(target).__name__} can't be run as an MTP head: {type(e).__name__}: {e}") from e
+
     def checkpoint(self) -> dict[str, torch.Tensor]:
         """The head's weights under the names of the file; the tensors are the parameters themselves."""
         return {

@@ -110,10 +110,8 @@ class OutputCache:
         return int(self._ledger[half + serial % half])
 
     def _make_ledger(self, half: int) -> None:
-        """Room for `half` outputs, no two at one place: survivors with an awkward serial number ask for more."""
+        """Room for `half` outputs. Those that are here keep places of their own if `half` is a multiple of what it was."""
         credits = {serial: self.credit(serial) for serial in self._outputs}
-        while len({serial % half for serial in credits}) < len(credits):
-            half *= 2
         self._ledger = np.zeros(2 * half, dtype=np.int32)
         self._ledger[:half] = -1
         for serial, credit in credits.items():

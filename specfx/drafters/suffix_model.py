@@ -96,8 +96,7 @@ FRONTIER_ROW = 8
 NODES = FRONTIER + MAX_NODES * FRONTIER_ROW  # tokens, then parents, of the draft
 SCRATCH = NODES + 2 * MAX_NODES
 # ... and a float64 array.
-FRONTIER_PROB = 0
-NODE_PROB = MAX_NODES
+NODE_PROB = MAX_NODES  # after the path probabilities of the frontier
 SCRATCH_PROB = 2 * MAX_NODES
 
 

@@ -323,7 +323,6 @@ def _split(a, source: int, token: int, target: int, longest: int) -> int:
     link = a[t + LINK]
     a[s + LINK] = link
     a[s + COUNT] = a[t + COUNT]
-    a[s + LAST] = a[t + LAST]
     a[s + CHILDREN] = 1
     a[s + KIN] = target
     a[t + LINK] = short

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specfx.errors import HeadError, OptionError
+from specfx.errors import OptionError
 from specfx.train import plot
 
 if TYPE_CHECKING:
@@ -154,17 +154,10 @@ def train_head(job: Job) -> dict[str, Any]:
 
 def new_head(target: Any) -> MtpHead:
     """A fresh head for `target`, tried out once. Raises `HeadError`."""
-    import torch
-
     from specfx.drafters.mtp_head import MtpHead
 
     head = MtpHead.from_target(target)
-    try:
-        with torch.no_grad():
-            tokens = torch.zeros(1, 2, dtype=torch.long, device=head.device)
-            head(tokens, torch.zeros(1, 2, head.hidden_size, dtype=head.dtype, device=head.device))
-    except Exception as e:
-        raise HeadError(f"the layers of {type(target).__name__} can't be run as an MTP head: {type(e).__name__}: {e}") from e
+    head.try_out(target)
     return head
 
 
