@@ -26,10 +26,12 @@ class NoMatch(PassError):
 
 @dataclass(frozen=True)
 class PassContext:
-    """What passes may know beside the graph. page_size: tokens a KV page. pack: whether the CPU kernel for packed linears is there."""
+    """What passes may know beside the graph. page_size: tokens a KV page. pack: whether the CPU kernel for packed linears is there.
+    drafting: the graph of a head's part of the step, if one is to be stitched in."""
 
     page_size: int = 64
     pack: bool = False
+    drafting: fx.GraphModule | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Linear layers read weights that were packed once for the CPU's tile unit; layers that share an input become one.
 
 `aten.linear` over a bf16 weight becomes `specfx::packed_linear`; query, key and value (or gate and up) projections of one input are
-packed behind each other and computed in one call, their outputs taken apart as views. The packed weight is an attribute
+packed behind each other and computed in one call, their outputs taken apart as views; weights that are used several times (by the steps
+of a draft head) are packed once. The packed weight is an attribute
 ``packed_{i}``; the module remembers in ``meta["packed"]`` what weights it was made of, so that `repack` can follow changes in place.
 """
 
@@ -47,13 +48,16 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     if not groups:
         raise PassError("no linear has a bfloat16 weight on the CPU whose input width is a multiple of 32")
     packed: dict[str, tuple[Tensor, ...]] = {}
-    for index, ((x, biased), nodes) in enumerate(groups.items()):
-        sources = tuple(attribute(module, str(n.args[1].target)) for n in nodes)  # type: ignore[union-attr]
+    names: dict[tuple[str, ...], str] = {}
+    for (x, biased), nodes in groups.items():
+        targets = tuple(str(n.args[1].target) for n in nodes)  # type: ignore[union-attr]
         widths = [n.meta["val"].shape[-1] for n in nodes]
-        name = f"packed_{index}"
-        weight = _fused(sources)
-        module.register_buffer(name, weight, persistent=False)
-        packed[name] = sources
+        if targets not in names:
+            names[targets] = name = f"packed_{len(names)}"
+            packed[name] = tuple(attribute(module, target) for target in targets)
+            module.register_buffer(name, _fused(packed[name]), persistent=False)
+        name = names[targets]
+        weight = attribute(module, name)
         stack = nodes[0].meta.get("nn_module_stack")
         # The input of the group is computed before its first member, and so are the weights (attributes of the graph).
         with module.graph.inserting_before(nodes[0]):

@@ -52,6 +52,7 @@ def speculate(model: PreTrainedModel, method: str | None = None, **options: Any)
     ):
         prepared = previous.prepared
     wrapper = SpeculativeGenerate(model, method, options, common, drafter, prepared or Prepared(model, common))
+    wrapper.ready()
     model.__dict__["generate"] = wrapper
     return model
 
@@ -83,31 +84,32 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     Raises `OptionError` if `speculate` was not called on it.
     """
     wrapper = _require_wrapper(model)
-    prepared = wrapper.ready()
-    engine = prepared.engine
+    ladder, prepared, drafter = wrapper.ready(), wrapper.prepared, wrapper.drafter
+    assert prepared is not None
+    assert drafter is not None
+    engine = ladder.engine
     pages, in_use, page_size = kv_pool(engine)
-    refusals = [*prepared.refusals, *([prepared.compiling] if prepared.compiling is not None else [])]
-    if wrapper.drafter is not None:
-        refusals += wrapper.drafter.refusals
+    waiting = [r for r in (ladder.compiling, prepared.apart(drafter.drafting)) if r is not None]
+    refusals = [*prepared.refusals, *ladder.refusals, *waiting, *drafter.refusals]
     refusals += [Refusal("generate", Reason.NOT_ACCELERATED, reason) for reason in wrapper.stock_calls]
     text = None
-    if graph and prepared.module is not None:
+    if graph and ladder.module is not None:
         from specfx.passes.printer import normal_form
 
-        text = normal_form(prepared.module)
+        text = normal_form(ladder.module)
     return Report(
         model=type(model).__name__,
         method=wrapper.method,
         engine=engine.name,
         verifies=engine.verifies,
-        passes=prepared.records,
+        passes=(*prepared.records, *ladder.records),
         refusals=tuple(refusals),
         stock_calls=Counter(wrapper.stock_calls),
         packed_bytes=packed_bytes(engine),
         pages=pages,
         pages_in_use=in_use,
         page_size=page_size,
-        seconds=dict(prepared.seconds),
+        seconds=prepared.seconds | ladder.seconds,
         graph=text,
     )
 

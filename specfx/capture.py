@@ -39,15 +39,21 @@ _HARMLESS_ARGUMENTS = {
 def clone_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same class with modules and configs of its own whose parameters (`requires_grad` False) and saved buffers share
     storage with the original's; in eval mode. Buffers that are not saved are copied: some rotary embeddings rewrite theirs in `forward`."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    for module in model.modules():
-        memo |= {id(b): b for name, b in module._buffers.items() if b is not None and name not in module._non_persistent_buffers_set}
+    memo = shared_storage(model)
     wrapper = model.__dict__.get("generate")
     if wrapper is not None:  # specfx's own instance-level `generate` is not part of the stock model
         memo[id(wrapper)] = None
     clone = copy.deepcopy(model, memo)
     clone.__dict__.pop("generate", None)
     return clone.eval()
+
+
+def shared_storage(module: nn.Module) -> dict[int, Any]:
+    """A `deepcopy` memo by which a copy of `module` shares the storage of its parameters (`requires_grad` False) and saved buffers."""
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    for part in module.modules():
+        memo |= {id(b): b for name, b in part._buffers.items() if b is not None and name not in part._non_persistent_buffers_set}
+    return memo
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,17 @@ def _sample(tensor: Tensor) -> Tensor:
     return bits.sum(dtype=torch.int64).cpu()
 
 
+def refuse_strange_attention(module: nn.Module, mask: Tensor | None, more: dict[str, Any]) -> None:
+    """Raise `CaptureError` for an attention that is not causal over all rows, or takes arguments `more` that mean something."""
+    unknown = sorted(name for name, value in more.items() if value is not None and name not in _HARMLESS_ARGUMENTS)
+    if unknown:
+        raise CaptureError(f"attention of {type(module).__name__} takes {', '.join(unknown)}, which the marker can't carry")
+    if mask is not None:
+        raise CaptureError(f"attention of {type(module).__name__} is given a mask of its own")
+    if more.get("is_causal", getattr(module, "is_causal", True)) is False:
+        raise CaptureError(f"attention of {type(module).__name__} is not causal")
+
+
 def _marker_attention(
     module: nn.Module,
     query: Tensor,
@@ -94,13 +111,7 @@ def _marker_attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. query ``[B, Hq, T, D]``, key and value ``[B, Hkv, T, D]`` -> ``[B, T, Hq, D]``."""
-    unknown = sorted(name for name, value in more.items() if value is not None and name not in _HARMLESS_ARGUMENTS)
-    if unknown:
-        raise CaptureError(f"attention of {type(module).__name__} takes {', '.join(unknown)}, which the marker can't carry")
-    if attention_mask is not None:
-        raise CaptureError(f"attention of {type(module).__name__} is given a mask of its own")
-    if more.get("is_causal", getattr(module, "is_causal", True)) is False:
-        raise CaptureError(f"attention of {type(module).__name__} is not causal")
+    refuse_strange_attention(module, attention_mask, more)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return attention(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux), None
 

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from specfx.drafters.mtp import Drafting, MtpDrafter
 from specfx.engines.base import Engine, Rows
 from specfx.errors import GateError
 from specfx.kernels.tree_attention import tree_attention_
@@ -31,6 +33,8 @@ TOLERANCES = {torch.float64: 1e-4, torch.float32: 3e-4, torch.float16: 2e-2, tor
 6e-3 and 4e-2 in float32, float16 and bfloat16; one cell of the mask too many makes 0.3 in its row, in any of them."""
 FAST_MATMUL_TOLERANCE = 2e-2
 """The same for float32 models when torch was told to multiply in less (`torch.set_float32_matmul_precision`)."""
+DRAFT_TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-2, torch.float16: 0.2, torch.bfloat16: 1.0}
+"""Largest difference between the logarithms of a path's probabilities, drafted in the graph and in eager PyTorch."""
 PROBE_WINDOW = 4
 """Tokens of sliding windows and attention chunks during the comparison."""
 PROMPT = 11
@@ -186,6 +190,59 @@ def check_trees(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -
         path = [pending, *(first.tokens[row - 1] for row in PATH[1:-1])]
         rows = Rows(-1, [first.tokens[PATH[-1] - 1]], second)
         _compare(engine, stock, "tree after a path with gaps", rows, [*prompt, *path])
+
+
+def check_drafts(engine: Engine, drafting: Drafting, tokens: Sequence[int]) -> None:
+    """The drafts of an engine with a head in its graph: behind a prompt in two pieces, and behind trees of which a part was accepted.
+
+    The head in eager PyTorch scores the same trees over the same hidden states; it must find the same probabilities, and no better
+    first token. Raises `GateError`.
+    """
+    prompt, reference = list(tokens[:PROMPT]), MtpDrafter(drafting.head, drafting.shape)
+    with sequences(engine, -1):
+        first = engine.forward([Rows(-1, prompt[:4], last_only=True, following=prompt[4])])[0]
+        engine.commit(-1, range(4))
+        assert first.hidden is not None
+        before = first.hidden.clone()
+        output = engine.forward([Rows(-1, prompt[4:], last_only=True)])[0]
+        engine.commit(-1, range(PROMPT - 4))
+        assert output.hidden is not None
+        reference.add(-1, prompt)
+        reference.accept(-1, output.argmax, torch.cat([before, output.hidden]))
+        for step in range(3):
+            pending, tree = output.argmax[-1], output.draft
+            if tree is None or len(tree) != drafting.shape.nodes:
+                raise GateError(f"a draft of {drafting.shape.nodes} nodes was expected, got {tree}")
+            _judge_draft(reference, tree, drafting.head.dtype)
+            if step == 1:  # one token for certain, whatever the head is worth
+                tree = _with_right_token(engine, pending, tree)
+            output = engine.forward([Rows(-1, [pending], tree)])[0]
+            rows = tree.walk(output.argmax)
+            engine.commit(-1, rows)
+            assert output.hidden is not None
+            reference.accept(-1, [output.argmax[row] for row in rows], output.hidden[rows])
+            output = replace(output, argmax=[output.argmax[rows[-1]]])
+
+
+def _with_right_token(engine: Engine, pending: int, tree: DraftTree) -> DraftTree:
+    """`tree` behind which hangs, as one more branch where it isn't there, what the target will choose first (a forward finds out)."""
+    right = engine.forward([Rows(-1, [pending])])[0].argmax[0]
+    if any(token == right and parent < 0 for token, parent in zip(tree.tokens, tree.parents, strict=True)):
+        return tree
+    return DraftTree((*tree.tokens, right), (*tree.parents, -1), (*tree.probs, 0.0))
+
+
+def _judge_draft(reference: MtpDrafter, tree: DraftTree, dtype: torch.dtype) -> None:
+    expected = reference.scores(-1, tree)
+    actual = torch.tensor(tree.probs).log()
+    tolerance = DRAFT_TOLERANCES.get(dtype, DRAFT_TOLERANCES[torch.bfloat16])
+    worst = (actual - expected).abs().max().item()
+    best = reference.scores(-1, DraftTree.chain(reference.propose([-1], [1])[0].tokens)).item()
+    if not (worst <= tolerance and expected[0].item() >= best - tolerance):  # NaN fails too
+        raise GateError(
+            f"drafts: log-probabilities differ by {worst:.1e} from the eager head's, whose first token has {best:.3f} against "
+            f"{expected[0].item():.3f}; above {tolerance:.0e}"
+        )
 
 
 def row_error(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from transformers.generation import GenerationMixin, GenerationMode, StopStringC
 
 from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter
-from specfx.engines.choose import Prepared
+from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
 from specfx.options import CommonOptions, parse
 from specfx.runtime.decode import speculative_decode
@@ -61,7 +61,7 @@ class SpeculativeGenerate:
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.model, self.method, self.options)
 
-    def ready(self) -> Prepared:
+    def ready(self) -> Ladder:
         """The engines (and the drafter), prepared now if need be: after a copy, or when the weights have been moved or replaced."""
         with self.lock:
             if self.prepared is None or not self.prepared.is_current(self.model):
@@ -70,7 +70,7 @@ class SpeculativeGenerate:
                 self.prepared, self.drafter = Prepared(self.model, self.common), None
             if self.drafter is None:
                 self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
-            return self.prepared
+            return self.prepared.ladder(self.model, self.drafter.drafting)
 
     def _stock(self, reason: str) -> None:
         if reason not in self.stock_calls:
@@ -95,12 +95,13 @@ class SpeculativeGenerate:
         _check_prompt(model, kwargs)
         kwargs = _bind_stop_strings(config, kwargs)
         kwargs.pop("custom_generate", None)
-        prepared = self.ready()
-        with prepared.lock:
+        ladder = self.ready()
+        assert self.prepared is not None
+        with self.prepared.lock:
             assert self.drafter is not None
             decode = functools.partial(
                 speculative_decode,
-                engine=prepared.engine,
+                engine=ladder.engine,
                 drafter=self.drafter,
                 max_nodes=self.common.num_speculative_tokens,
                 stats=call,

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from specfx.errors import OptionError
-from specfx.runtime.tree import MAX_ROWS
+from specfx.runtime.tree import MAX_ROWS, TreeShape
 
 ENGINES = ("auto", "compiled", "graph", "eager")
 COMPILE_MODES = ("background", "sync", "off")
+AUTOMATIC_TOPK = 4
+AUTOMATIC_DRAFT_TOKENS = 8
+"""Trees of `MtpOptions` where nothing is asked for."""
 
 
 def _check(ok: bool, name: str, value: Any, rule: str) -> None:
@@ -97,23 +100,35 @@ class SuffixOptions:
 
 @dataclass(frozen=True)
 class MtpOptions:
-    """``method="mtp"``.
+    """``method="mtp"``, named as in SGLang.
 
     head: path of a head's safetensors file, of the folder that holds it, of a NextN export, or of a checkpoint with a head; None looks in
-    the model's own checkpoint. num_steps: how many tokens the head drafts in a chain (its last layer is used recursively, so this may
-    exceed its number of layers).
+    the model's own checkpoint. num_steps: how many tokens deep the head drafts (its last layer is used recursively, so this may exceed
+    its number of layers). topk: how many tokens are followed at each step; 1 drafts a chain. num_draft_tokens: most tokens of a tree,
+    the pending one included. None for either: what pays on the device at hand, within `num_speculative_tokens`. draft_vocab: a file of
+    tokens to draft, as `specfx train mtp` writes it; "auto" takes the one beside the head, if there is one; None drafts all tokens.
     """
 
     head: str | Path | None = None
     num_steps: int = 3
+    topk: int | None = None
+    num_draft_tokens: int | None = None
+    draft_vocab: str | Path | None = "auto"
 
     def __post_init__(self) -> None:
-        _check(
-            type(self.num_steps) is int and 1 <= self.num_steps < MAX_ROWS,
-            "num_steps",
-            self.num_steps,
-            f"must be an int in 1..{MAX_ROWS - 1}",
-        )
+        steps, topk, most = self.num_steps, self.topk, self.num_draft_tokens
+        _check(type(steps) is int and 1 <= steps < MAX_ROWS, "num_steps", steps, f"must be an int in 1..{MAX_ROWS - 1}")
+        _check(topk is None or (type(topk) is int and 1 <= topk <= MAX_ROWS), "topk", topk, f"must be an int in 1..{MAX_ROWS}, or None")
+        if topk is not None:
+            _check(steps * topk <= MAX_ROWS, "topk", topk, f"num_steps * topk must not exceed {MAX_ROWS}")
+        ok = most is None or (type(most) is int and 2 <= most <= MAX_ROWS)
+        _check(ok, "num_draft_tokens", most, f"must be an int in 2..{MAX_ROWS}, or None")
+
+    def shape(self, max_nodes: int, chains_only: bool = False) -> TreeShape:
+        """The trees to draft: at most `max_nodes` nodes each."""
+        topk = 1 if chains_only else self.topk if self.topk is not None else min(AUTOMATIC_TOPK, MAX_ROWS // self.num_steps)
+        most = self.num_draft_tokens or (self.num_steps + 1 if topk == 1 else AUTOMATIC_DRAFT_TOKENS)
+        return TreeShape(self.num_steps, topk, min(most, max_nodes + 1))
 
 
 METHODS: dict[str | None, type] = {None: NoneOptions, "suffix": SuffixOptions, "mtp": MtpOptions}

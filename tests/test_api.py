@@ -537,7 +537,7 @@ def test_a_background_compilation_takes_over_between_two_calls(monkeypatch: pyte
     def stop(ids: torch.Tensor, scores: Any) -> torch.Tensor:
         if ids.shape[1] == 14:  # in mid-generation
             gate.open.set()
-            model.generate.prepared.wait()
+            model.generate.ready().wait()
         used.append(specfx.explain(model).pages_in_use)
         return torch.zeros(1, dtype=torch.bool)
 
@@ -553,7 +553,7 @@ def test_a_background_compilation_that_fails_is_recorded(monkeypatch: pytest.Mon
     gate = Gate(monkeypatch, ZeroDivisionError("no such luck"))
     model = specfx.speculate(small(), "suffix")
     gate.open.set()
-    model.generate.prepared.wait()
+    model.generate.ready().wait()
     report = specfx.explain(model)
     assert report.engine == "graph"
     assert any(r.stage == "compiled engine" and "no such luck" in r.detail for r in report.refusals)
@@ -568,7 +568,7 @@ def test_weights_may_change_while_it_compiles(monkeypatch: pytest.MonkeyPatch, i
     threading.Timer(0.2, gate.open.set).start()
     for _ in range(2):
         assert torch.equal(ours(model, prompt_of()), stock(model, prompt_of()))
-    model.generate.prepared.wait()
+    model.generate.ready().wait()
     replaced(model)  # and replaced ones begin a new compilation
     for _ in range(2):
         assert torch.equal(ours(model, prompt_of()), stock(model, prompt_of()))
@@ -589,7 +589,7 @@ def test_a_process_may_end_while_it_compiles() -> None:
         model = specfx.speculate(tiny_model("llama"), "suffix", compile="background")
         ids = torch.arange(10)[None]
         assert torch.equal(model.generate(ids, max_new_tokens=8), type(model).generate(model, ids, max_new_tokens=8))
-        print("compiling" if model.generate.prepared.compiling else "compiled")
+        print("compiling" if model.generate.ready().compiling else "compiled")
     """
     # a fresh cache, so that there is something to compile
     ran = subprocess.run(

@@ -66,8 +66,8 @@ def assert_sound(model: PreTrainedModel, engine: str | None = None) -> None:
     report = specfx.explain(model)
     assert report.pages_in_use == 0
     assert engine in (None, report.engine), str(report)
-    if hasattr(wrapper.prepared.engine, "_sequences"):
-        assert not wrapper.prepared.engine._sequences
+    if hasattr(wrapper.ready().engine, "_sequences"):
+        assert not wrapper.ready().engine._sequences
     if hasattr(wrapper.drafter, "_indexes"):
         assert not wrapper.drafter._indexes
     specfx.restore(model)
@@ -181,7 +181,7 @@ def test_export_failing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inductor_failing(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("specfx._compat.inductor_compile", failing)
     model = wrapped("auto", compile=mode)
-    model.generate.prepared.wait()
+    model.generate.ready().wait()
     assert_refused(model, "compiled engine", Reason.LOWERING_FAILED, "Inductor: RuntimeError: broken on purpose")
     assert_sound(model, "graph")
 
@@ -446,7 +446,7 @@ def test_a_drafter_that_raises(engine: str, where: str, monkeypatch: pytest.Monk
 def test_a_forward_that_raises(engine: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Out of memory, say, at any forward of a batch; its other rows are freed too."""
     model = wrapped(engine)
-    serving = model.generate.prepared.engine
+    serving = model.generate.ready().engine
     forward, calls = serving.forward, []
 
     def once(batch: Any) -> Any:

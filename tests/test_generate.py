@@ -82,6 +82,7 @@ class Oracle:
 
     name = "oracle"
     needs_hidden = False
+    drafting = None
     refusals = ()
 
     def __init__(self, texts: Sequence[Sequence[int]], wrong_every: int = 3) -> None:
@@ -91,7 +92,7 @@ class Oracle:
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self.known[seq] = list(prompt)
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: Any) -> None:
+    def accept(self, seq: int, tokens: Sequence[int], hidden: Any, drafted: Any = None) -> None:
         self.known[seq] += tokens
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:

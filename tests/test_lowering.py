@@ -315,14 +315,15 @@ def test_the_hash_of_the_sources_covers_every_pass_and_kernel(tmp_path: Path, mo
 
 def test_packed_weights_are_used_and_follow_the_model(kernels: cpu_build.CpuKernels) -> None:
     """bfloat16 where AMX exists: every linear is a packed one, the output is the graph engine's within rounding, pools are not copied,
-    and after an in-place change `Prepared.is_current` packs again."""
+    and after an in-place change `Prepared.ladder` packs again."""
     if not kernels.packs:
         pytest.skip("this CPU has no AMX")
     model = tiny_model("llama", initializer_range=0.2).bfloat16()
     options = CommonOptions(engine="compiled", compile="sync", page_size=16)
-    prepared, codes = run_and_get_code(lambda: Prepared(model, options))
-    assert not {"compiled engine", "pass pack_linears"} & {refusal.stage for refusal in prepared.refusals}
-    engine = prepared.engine
+    prepared = Prepared(model, options)
+    ladder, codes = run_and_get_code(lambda: prepared.ladder(model))
+    assert not {"compiled engine", "pass pack_linears"} & {refusal.stage for refusal in [*prepared.refusals, *ladder.refusals]}
+    engine = ladder.engine
     assert isinstance(engine, CompiledEngine)
     code = codes[-1]
     assert code.count("torch.ops.specfx.packed_linear.default(") == 2 * 4 + 1  # qkv, o, gate and up, down of each layer; the LM head
@@ -342,6 +343,7 @@ def test_packed_weights_are_used_and_follow_the_model(kernels: cpu_build.CpuKern
         model.lm_head.weight.mul_(-1)
     assert torch.equal(engine.forward(batch)[0].logits, stale)  # packed weights are a copy
     assert prepared.is_current(model)
+    assert prepared.ladder(model).engine is engine
     assert_engines_agree(engine, graph, batch, 0.1)
     with torch.no_grad():
         model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight))

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from specfx.drafters.mtp import MtpDrafter
+from specfx.drafters.mtp import load_drafter
 from specfx.drafters.mtp_head import PREFIX, HeadKV, MtpHead, load_head, save_head
 from specfx.errors import HeadError
 from specfx.options import MtpOptions
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 SHIPPED = Path(__file__).parent.parent / "examples" / "smollm2_mtp_head"
 VOCAB = 97
@@ -53,7 +54,7 @@ def path(target, tmp_path):
 
 
 def drafter_for(target, path, num_steps=3, max_nodes=63):
-    return MtpDrafter(MtpOptions(head=path, num_steps=num_steps), max_nodes, target)
+    return load_drafter(MtpOptions(head=path, num_steps=num_steps, topk=1), max_nodes, target)
 
 
 def rotate(x, positions, theta=10000.0):
@@ -359,19 +360,44 @@ def test_wrong_hidden_states_are_refused(target, path, hidden):
         drafter.accept(0, [4, 5], hidden)
 
 
-def test_a_head_that_is_never_right_is_reported(target, path):
+def test_a_head_that_is_never_right_is_reported_and_rests_until_it_is_right(target, path):
     drafter = drafter_for(target, path, num_steps=1)
     drafter.add(0, [1])
     drafter.accept(0, [2], torch.zeros(1, 32))
 
-    def miss():
-        token = drafter.propose([0], [1])[0].tokens[0]
-        drafter.accept(0, [(token + 1) % VOCAB], torch.zeros(1, 32))
+    def step(right):
+        """One step; whether there was a draft."""
+        tree = drafter.propose([0], [1])[0]
+        token = tree.tokens[0] if len(tree) else 0
+        drafter.accept(0, [token if right else (token + 1) % VOCAB], torch.zeros(1, 32))
+        return len(tree) > 0
 
-    for _ in range(255):
-        miss()
-    with pytest.warns(UserWarning, match="0 of 256 drafts"):
-        miss()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert all([step(right=i < 2) for i in range(47)])  # two right ones are as good as none
+    with pytest.warns(UserWarning, match="of the last 48 drafts .* 2 began with the right token.*another model.*mixed up"):
+        step(right=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert sum(step(right=False) for _ in range(320)) == 20  # a probe in every 16 steps
+        assert sum(step(right=True) for _ in range(64)) == 4
+        assert all([step(right=True) for _ in range(8)])
+
+
+def test_a_draft_from_the_graph_is_handed_on_and_judged_while_drafting_rests(target, path):
+    drafter, tree = drafter_for(target, path), DraftTree((5, 6, 7), (-1, 0, -1), (0.5, 0.4, 0.2))
+    drafter.add(0, [1, 2])
+    drafter.accept(0, [3], None, tree)
+    assert drafter.propose([0], [8]) == [tree]
+    assert drafter.propose([0], [2])[0] == tree.truncated(2)
+    for _ in range(47):
+        drafter.accept(0, [9], None, tree)
+    with pytest.warns(UserWarning, match="drafting stops"):
+        drafter.accept(0, [9], None, tree)
+    assert drafter.propose([0], [8]) == [EMPTY_TREE]
+    for _ in range(4):
+        drafter.accept(0, [5], None, tree)  # seen without being verified
+    assert drafter.propose([0], [8]) == [tree]
 
 
 def test_kv_rows_survive_growth_and_going_back():

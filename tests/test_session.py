@@ -147,7 +147,7 @@ class FakeDrafter:
         assert seq not in self.known
         self.known[seq], self.prompts[seq], self.ends[seq] = list(prompt), len(prompt), list(ends)
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: Tensor | None) -> None:
+    def accept(self, seq: int, tokens: Sequence[int], hidden: Tensor | None, drafted: DraftTree | None = None) -> None:
         self._maybe_raise("accept")
         known = self.known[seq]
         first = len(known) == self.prompts[seq]
@@ -313,7 +313,7 @@ def test_the_drafter_is_told_how_a_sequence_ended_once_and_at_its_end(policy: Po
     accepted: list[int] = []
     accept, remove = drafter.accept, drafter.remove
     removed: list[tuple[int, list[int]]] = []
-    drafter.accept = lambda seq, tokens, hidden: (accepted.extend(tokens), accept(seq, tokens, hidden))[1]
+    drafter.accept = lambda seq, tokens, hidden, drafted: (accepted.extend(tokens), accept(seq, tokens, hidden, drafted))[1]
     drafter.remove = lambda seq, last=(): (removed.append((seq, list(last))), remove(seq, last))[1]
     runtime = Runtime(engine, drafter, 5, CallStats())
     first = runtime.add([1, 2], n, never, ends=[4, 5])

@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention.h"
+#include "greedy_walk.h"
 #include "packed_linear.h"
 
 // 1: packed_linear runs here; 0: this build or this kernel has no AMX.
@@ -17,6 +18,7 @@ extern "C" int specfx_has_packed_linear() {
 TORCH_LIBRARY_IMPL(specfx, CPU, m) {
   m.impl("tree_attention_", &specfx::tree_attention_);
   m.impl("tree_positions", &specfx::tree_positions);
+  m.impl("greedy_walk", &specfx::greedy_walk);
 #ifdef SPECFX_AMX
   m.impl("packed_linear", &specfx::packed_linear);
 #endif

@@ -13,7 +13,7 @@ Life of a sequence, as the runtime drives it::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -29,6 +29,10 @@ class Drafter(Protocol):
     """Whether `accept` must be given the target's hidden states (else it gets None)."""
 
     @property
+    def drafting(self) -> Any:
+        """The part of this drafter that can be stitched into the target's graph (`specfx.drafters.mtp.Drafting`), or None."""
+
+    @property
     def refusals(self) -> Sequence[Refusal]:
         """What the drafter can't do as fast as it could, for the report."""
 
@@ -36,11 +40,12 @@ class Drafter(Protocol):
         """A new sequence with its prompt. ends: tokens that end it, after which nothing is worth drafting. Raises `ValueError` if `seq`
         is already in use."""
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None, drafted: DraftTree | None = None) -> None:
         """`tokens` ``[n]`` were committed after all that was known.
 
         `hidden` ``[m, H]``, ``m >= n``: the target's hidden states (the LM head's inputs) at the ``m`` positions just before the
         last committed token, so row ``m - 1`` predicted ``tokens[-1]``. ``m > n`` only after prefill, where the prompt's rows come too.
+        drafted: what the target's graph has drafted behind `tokens`, where the drafter's model is a part of it; then without `hidden`.
         """
 
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
@@ -56,12 +61,13 @@ class NoDrafter:
 
     name = "none"
     needs_hidden = False
+    drafting = None
     refusals: Sequence[Refusal] = ()
 
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         pass
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None) -> None:
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None, drafted: DraftTree | None = None) -> None:
         pass
 
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:

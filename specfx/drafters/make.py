@@ -19,7 +19,7 @@ def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Dra
         prepare()
         return SuffixDrafter(own, common.num_speculative_tokens, model.config.get_text_config().vocab_size)
     if isinstance(own, MtpOptions):
-        from specfx.drafters.mtp import MtpDrafter
+        from specfx.drafters.mtp import load_drafter
 
-        return MtpDrafter(own, common.num_speculative_tokens, model)
+        return load_drafter(own, common.num_speculative_tokens, model)
     return NoDrafter()

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from specfx.drafters.mtp_families import PLAIN, Family, Wiring, find_head
@@ -34,6 +35,8 @@ from specfx.drafters.mtp_layers import TargetParts, family_layer, own_copy, targ
 from specfx.errors import HeadError
 
 PREFIX = "model.layers.0."
+DRAFT_VOCAB = "draft_vocab.safetensors"
+"""File beside a head's `model.safetensors`; its one tensor is ``draft_vocab``: ``[N]`` int64."""
 _OWN = {"enorm.": "enorm.", "hnorm.": "hnorm.", "eh_proj.": "eh_proj.", "norm.": "shared_head.norm."}
 """What stands beside the decoder layer: prefix in `MtpHead` -> prefix in the file (after `PREFIX`)."""
 
@@ -47,18 +50,18 @@ class HeadKV:
 
     def __init__(self) -> None:
         self.length = 0
-        self._keys: torch.Tensor | None = None
-        self._values: torch.Tensor | None = None
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Append ``[B, KV heads, n, D]`` and return views of all rows, the new ones included."""
         end = self.length + keys.shape[2]
-        self._keys = self._room(self._keys, keys, end)
-        self._values = self._room(self._values, values, end)
-        self._keys[:, :, self.length : end] = keys
-        self._values[:, :, self.length : end] = values
+        self.keys = self._room(self.keys, keys, end)
+        self.values = self._room(self.values, values, end)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
         self.length = end
-        return self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
     def get_seq_length(self, *_: object) -> int:
         return self.length
@@ -112,6 +115,12 @@ class MtpHead(nn.Module):
         self.wiring = wiring
         self.window: int | None = None
         self.rope_type: str | None = None
+        self.draft_ids: torch.Tensor | None
+        """``[N]``: the tokens that are drafted, or None for all."""
+        self.draft_weight: torch.Tensor
+        self.draft_bias: torch.Tensor | None
+        for name in ("draft_ids", "draft_weight", "draft_bias"):
+            self.register_buffer(name, None, persistent=False)
         self._eager = layer.self_attn.config._attn_implementation == "eager"
         # In a tuple nn.Module does not register them: they are the target's, or the head's own once more, and the frequencies must stay
         # float32 in `.to()`.
@@ -218,6 +227,12 @@ class MtpHead(nn.Module):
                 mask = mask.triu(past - self.window + 1)
         if mask is not None and self._eager:
             mask = torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+        return self.over(tokens, hidden, positions, mask, kv)
+
+    def over(
+        self, tokens: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, kv: HeadKV | None
+    ) -> torch.Tensor:
+        """`forward` with nothing decided here: positions ``[B or 1, T]``, and the mask that the layer's attention takes."""
         embed, _, rotary, _ = self._unregistered
         embedded = embed(tokens)
         if self.wiring.zero_first:
@@ -237,7 +252,32 @@ class MtpHead(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
-        return self._unregistered[1](self.norm(hidden) if self.wiring.feeds_raw else hidden)
+        return self._unregistered[1](self._headed(hidden))
+
+    def draft_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`logits` of the draft vocabulary alone, ``[..., N]``, if there is one (`restrict`)."""
+        if self.draft_ids is None:
+            return self.logits(hidden)
+        return torch.nn.functional.linear(self._headed(hidden), self.draft_weight, self.draft_bias)
+
+    def _headed(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden) if self.wiring.feeds_raw else hidden
+
+    @torch.no_grad()
+    def restrict(self, ids: torch.Tensor) -> None:
+        """Draft these tokens alone (``[N]`` int64, each once): the LM head's rows of them are copied into a small one.
+
+        Raises `HeadError` for ids that are not of the target's vocabulary.
+        """
+        lm_head: Any = self._unregistered[1]
+        size = lm_head.weight.shape[0]
+        fits = ids.dim() == 1 and ids.dtype == torch.int64 and 0 < len(ids) == len(ids.unique()) and 0 <= ids.min() <= ids.max() < size
+        if not fits:
+            raise HeadError(f"a draft vocabulary must be different int64 ids [N] below {size}, got {ids.dtype} {_shape(ids)}")
+        for step in self.chain:
+            own: Any = step._unregistered[1]
+            step.draft_ids, bias = ids.sort().values.to(self.device), getattr(own, "bias", None)
+            step.draft_weight, step.draft_bias = own.weight[step.draft_ids], None if bias is None else bias[step.draft_ids]
 
     @torch.no_grad()
     def try_out(self, target: nn.Module) -> None:
@@ -277,9 +317,10 @@ def save_head(head: MtpHead, path: str | Path, metadata: Mapping[str, str] | Non
     return file
 
 
-def load_head(path: str | Path | None, target: nn.Module) -> MtpHead:
+def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Path | None = None) -> MtpHead:
     """Read a head for `target` from a safetensors file, from the folder that holds one (or its shards), from an exported NextN folder
     or the checkpoint of a known family; None looks in the target's own checkpoint (`specfx.drafters.mtp_families.find_head`).
+    draft_vocab: a file of `save_draft_vocab`, or the folder that holds it; "auto": the one beside the head, if there is one.
 
     Raises `HeadError`, which names every weight in question with both shapes, if a weight is missing, left over or of another shape,
     or not finite in the target's dtype. A head of another precision is cast, with a warning.
@@ -321,7 +362,28 @@ def load_head(path: str | Path | None, target: nn.Module) -> MtpHead:
         warnings.warn(
             f"the head {where} is stored as {kinds} and was cast to its target's {head.dtype}".replace("torch.", ""), stacklevel=2
         )
+    beside = where if where.is_dir() else where.parent
+    if draft_vocab == "auto":
+        draft_vocab = beside / DRAFT_VOCAB if (beside / DRAFT_VOCAB).exists() else None
+    if draft_vocab is not None:
+        head.restrict(read_draft_vocab(draft_vocab))
     return head
+
+
+def save_draft_vocab(ids: torch.Tensor, folder: str | Path) -> Path:
+    """Write the tokens that a head drafts, ``[N]`` int64, as `DRAFT_VOCAB` in `folder`."""
+    file = Path(folder) / DRAFT_VOCAB
+    save_file({"draft_vocab": ids.contiguous()}, file, metadata={"format": "pt"})
+    return file
+
+
+def read_draft_vocab(path: str | Path) -> torch.Tensor:
+    """What `save_draft_vocab` wrote in a file, or in a folder: ``[N]`` int64. Raises `HeadError`."""
+    file = Path(path) / DRAFT_VOCAB if Path(path).is_dir() else Path(path)
+    try:
+        return load_file(file)["draft_vocab"]
+    except (OSError, SafetensorError, KeyError) as e:
+        raise HeadError(f"the draft vocabulary {file} can't be read ({e!r}): give a file that `specfx train mtp` wrote") from e
 
 
 def _identity_norm(norm: Any) -> nn.Module:

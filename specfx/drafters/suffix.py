@@ -78,6 +78,7 @@ class SuffixDrafter:
 
     name = "suffix"
     needs_hidden = False
+    drafting = None
 
     def __init__(self, options: SuffixOptions, max_nodes: int, vocab_size: int = LARGEST_TOKEN + 1) -> None:
         self.options, self.max_nodes, self.vocab_size = options, max_nodes, vocab_size
@@ -142,7 +143,7 @@ class SuffixDrafter:
                 known = tokens[-self.options.max_tree_depth :]
                 kernels.match_all(self.cache.tree.view, fields, view(known), 0, len(known))
 
-    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None = None) -> None:
+    def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None = None, drafted: DraftTree | None = None) -> None:
         with self._lock:
             request, cache, n = self._requests[seq], self.cache, len(tokens)
             fields = request.fields

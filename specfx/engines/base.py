@@ -29,13 +29,15 @@ class Rows:
     tokens: a causal run of token ids (a prompt, or just the pending token), at positions ``length .. length + n - 1`` where
     ``length`` is the number of tokens already committed to the engine for this sequence. tree: if given, `tokens` is exactly the
     one pending token and the tree's nodes are appended as further rows (row ``i + 1`` is node ``i``).
-    last_only: compute logits only for the last row (a prefill).
+    last_only: compute logits only for the last row (a prefill). following: the token behind the last row where it is known (the rest
+    of a prompt), for an engine that drafts.
     """
 
     seq: int
     tokens: Sequence[int]
     tree: DraftTree | None = None
     last_only: bool = False
+    following: int | None = None
 
     def __post_init__(self) -> None:
         if self.tree is not None and len(self.tokens) != 1:
@@ -52,12 +54,14 @@ class RowsOutput:
 
     argmax: ``[n]`` (``[1]`` if `last_only`) the greedy choice after each row, ints. logits: ``[n | 1, V]``, the model's dtype.
     hidden: ``[rows, H]``, the LM head's inputs, for *all* rows (also with `last_only`); None if the engine can't tell.
-    Logits and hidden may be views that the next forward overwrites.
+    Logits and hidden may be views that the next forward overwrites. draft: the next draft, from an engine that drafts; it hangs on
+    the greedy choice behind the rows that a greedy walk of this output visits.
     """
 
     argmax: list[int]
     logits: torch.Tensor
     hidden: torch.Tensor | None
+    draft: DraftTree | None = None
 
 
 class Engine(Protocol):
@@ -65,6 +69,9 @@ class Engine(Protocol):
     """"compiled", "graph" or "eager"."""
     verifies: str
     """What it can verify: "trees", "chains" or "nothing" (then the stock `generate` serves the call)."""
+
+    drafts: bool
+    """Whether a draft head is part of its graph; then each output brings the next draft."""
 
     max_rows: int
     """Most rows of a causal run that one forward should take, for its memory's sake."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import functools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,16 +26,19 @@ from transformers import PreTrainedModel
 
 from specfx import gate
 from specfx.capture import Fingerprint, capture, clone_sharing_storage
+from specfx.drafters.mtp import Drafting
 from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine
+from specfx.engines.drafting import capture_drafting
 from specfx.engines.eager import EagerEngine
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal, SpecfxError
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pack_linears import pack_linears
-from specfx.passes.pipeline import LOWERING, REWRITE
+from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
 
 log = logging.getLogger("specfx")
 
@@ -44,6 +49,9 @@ _REASONS: tuple[tuple[type[Exception], Reason], ...] = (
     (LoweringError, Reason.LOWERING_FAILED),
 )
 
+
+Prove = Callable[[Engine, PreTrainedModel, bool], None]
+"""Raises `GateError` for an engine that differs from the stock model; the flag: whether the stock model's windows are to be shrunken."""
 
 _compiling: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _SECONDS_TO_LEAVE = 10.0
@@ -59,8 +67,94 @@ def _leave() -> None:
             thread.join(0.1)
 
 
+class Ladder:
+    """The engines over one graph: the first serves at once, the compiled one when it is ready. State; `engine` serves the next call.
+
+    refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one.
+    """
+
+    def __init__(self, engine: Engine, module: fx.GraphModule | None = None) -> None:
+        self.engine, self.module = engine, module
+        self.refusals: list[Refusal] = []
+        self.records: tuple[PassRecord, ...] = ()
+        self.seconds: dict[str, float] = {}
+        self._ready: CompiledEngine | None = None
+        self._started = 0.0
+        self._thread: threading.Thread | None = None
+
+    def compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
+        """Build the compiled engine, now or in a thread, as the options say. prove: see `_prove`."""
+        arguments = (options, packs, stock, draft_rows, prove)
+        if options.compile == "sync":
+            self._compile(*arguments)
+        elif options.compile == "background":
+            self._thread = threading.Thread(target=self._compile, args=arguments, name="specfx-compile", daemon=True)
+            _compiling.add(self._thread)
+            self._started = time.perf_counter()
+            self._thread.start()
+
+    def follow(self, weights: Fingerprint) -> None:
+        """A compiled engine that has become ready takes over, and packs the weights again if they have changed in place."""
+        if self._ready is not None:
+            self.engine, self._ready = self._ready, None
+        if isinstance(self.engine, CompiledEngine) and self.engine.packed_at != weights:
+            self.engine.refresh()
+            self.engine.packed_at = weights
+
+    @property
+    def compiling(self) -> Refusal | None:
+        """Why the compiled engine does not serve yet: it is being built. None if it is not being built."""
+        if self._thread is None or not self._thread.is_alive():
+            return None
+        seconds = time.perf_counter() - self._started
+        detail = f"being built in the background for {seconds:.0f} s"
+        return Refusal("compiled engine", Reason.ENGINE_NOT_READY, detail, 'wait, or compile="sync"')
+
+    def wait(self) -> None:
+        """Until a background compilation has ended."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
+        assert self.module is not None
+        context = PassContext(options.page_size, packs)
+        try:
+            packed_at = Fingerprint.of(stock)
+            with _timed(self.seconds, "compile"):
+                compiled = CompiledEngine(self.module, context, options.disable_passes, "auto", stock.device, draft_rows)
+            with _timed(self.seconds, "first use"):
+                while True:  # once, but again if the weights change meanwhile
+                    if (now := Fingerprint.of(stock)) != packed_at:
+                        compiled.refresh()
+                        packed_at = now
+                    try:
+                        prove(compiled, stock, False)
+                        break
+                    except GateError:
+                        if Fingerprint.of(stock) == packed_at:
+                            raise
+            compiled.resize_pool(options.kv_pool)
+            compiled.packed_at = packed_at
+        except GateError as e:
+            self.refusals.append(_refusal("compiled engine", e, reason=Reason.COMPILED_DIFFERS))
+            return
+        except Exception as e:  # in a thread of its own nobody would hear of it
+            self.refusals.append(_refusal("compiled engine", e))
+            return
+        for refusal in (r.refusal for r in compiled.records):
+            if refusal is not None and refusal.reason is not Reason.NOTHING_TO_DO:
+                packing = refusal.stage == f"pass {pack_linears.name}" and refusal.reason is Reason.PASS_FAILED
+                self.refusals.append(replace(refusal, reason=Reason.WEIGHTS_NOT_PACKED) if packing else refusal)
+        self.records += compiled.records
+        self._ready = compiled
+
+
 class Prepared:
-    """The engines of one model, and how they came about. State; `engine` is the one that serves the next call."""
+    """All engines of one model, and how they came about. State.
+
+    A ladder of engines is built when it is first asked for: one over the graph as the rewrite passes leave it, and one for each draft
+    head that is stitched into it.
+    """
 
     def __init__(self, model: PreTrainedModel, options: CommonOptions) -> None:
         self.options = options
@@ -71,75 +165,73 @@ class Prepared:
         self.seconds: dict[str, float] = {}
         self.module: fx.GraphModule | None = None
         self._packs = False
-        self._engine: Engine | None = None
-        self._ready: CompiledEngine | None = None
-        self._compile_started = 0.0
-        self._thread: threading.Thread | None = None
+        self._ladders: dict[tuple[Any, ...] | None, Ladder] = {}
+        self._apart: dict[tuple[Any, ...], Refusal] = {}
         _check_pass_names(options.disable_passes)
         if options.engine != "eager":
             self._prepare_graph(model)
-        if self._engine is None:
-            with self._timed("eager"):
+        if self.module is None:
+            with _timed(self.seconds, "eager"):
                 eager = EagerEngine(model)
             self.refusals += eager.refusals
-            self._engine = eager
-        elif options.engine in ("auto", "compiled") and options.compile != "off":
-            stock = clone_sharing_storage(model)
-            if options.compile == "sync":
-                self._compile(stock)
-            else:
-                self._thread = threading.Thread(target=self._compile, args=(stock,), name="specfx-compile", daemon=True)
-                _compiling.add(self._thread)
-                self._compile_started = time.perf_counter()
-                self._thread.start()
+            self._ladders[None] = Ladder(eager)
 
-    @property
-    def engine(self) -> Engine:
-        """The engine for the next call: a compiled one that has become ready takes over here."""
-        ready = self._ready
-        if ready is not None:
-            if ready.packed_at != self.fingerprint:
-                ready.refresh()
-            self._engine, self._ready = ready, None
-        assert self._engine is not None
-        return self._engine
+    def ladder(self, model: PreTrainedModel, drafting: Drafting | None = None) -> Ladder:
+        """The engines that serve `model` now, with a head stitched in where that can be done; else the drafter drafts beside them."""
+        with self.lock:
+            key = None if drafting is None or self.module is None else drafting.key
+            if key is not None and key not in self._ladders and key not in self._apart:
+                assert drafting is not None
+                self._stitch(model, drafting, key)
+            if key in self._apart:
+                key = None
+            if key not in self._ladders:
+                assert self.module is not None
+                self._ladders[key] = Ladder(graph_engine(self.module, self.options.kv_pool, model.device), self.module)
+                self._compile(self._ladders[key], model, 0, _prove)
+            ladder = self._ladders[key]
+            ladder.follow(self.fingerprint)
+            return ladder
 
-    @property
-    def compiling(self) -> Refusal | None:
-        """Why the compiled engine does not serve yet: it is being built. None if it is not being built."""
-        if self._thread is None or not self._thread.is_alive():
-            return None
-        seconds = time.perf_counter() - self._compile_started
-        detail = f"being built in the background for {seconds:.0f} s"
-        return Refusal("compiled engine", Reason.ENGINE_NOT_READY, detail, 'wait, or compile="sync"')
+    def apart(self, drafting: Drafting | None) -> Refusal | None:
+        """Why a head is not part of the graph, if it was to be."""
+        return None if drafting is None or not self._apart else self._apart.get(drafting.key)
 
-    def wait(self) -> None:
-        """Until a background compilation has ended."""
-        if self._thread is not None:
-            self._thread.join()
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
+    def _stitch(self, model: PreTrainedModel, drafting: Drafting, key: tuple[Any, ...]) -> None:
+        """A ladder with the head in its graph, or the reason why there is none."""
+        assert self.module is not None
+        stage = "mtp drafting"
         try:
-            yield
-        finally:
-            self.seconds[stage] = time.perf_counter() - started
+            if mtp_head.name in self.options.disable_passes:
+                self._apart[key] = Refusal(stage, Reason.SWITCHED_OFF, f"{mtp_head.name} is named in disable_passes")
+                return
+            part = capture_drafting(drafting, self.options.page_size)
+            result = run_passes(self.module, DRAFTING, PassContext(self.options.page_size, drafting=part))
+            if (refused := result.records[-1].refusal) is not None:
+                raise PassError(refused.detail)
+            rows = drafting.shape.rows
+            prove = functools.partial(_prove, drafting=drafting)
+            for call in (on_references(result.module), result.module):
+                prove(PagedEngine("graph", result.module, call, "auto", model.device, rows), clone_sharing_storage(model), False)
+        except Exception as e:  # drafting beside the graph is slower, not wrong
+            self._apart[key] = _refusal(stage, e, reason=Reason.DRAFTING_APART)
+            return
+        ladder = Ladder(graph_engine(result.module, self.options.kv_pool, model.device, rows), result.module)
+        ladder.records = result.records
+        self._ladders[key] = ladder
+        self._compile(ladder, model, rows, prove)
 
-    def _refuse(self, stage: str, error: Exception, remedy: str = "", reason: Reason | None = None) -> None:
-        reason = reason or next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
-        detail = str(error) if isinstance(error, SpecfxError) and str(error) else f"{type(error).__name__}: {error}"
-        refusal = Refusal(stage, reason, detail, remedy)
-        self.refusals.append(refusal)
-        log.warning("specfx: %s", refusal)
+    def _compile(self, ladder: Ladder, model: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
+        if self.options.engine in ("auto", "compiled") and self.options.compile != "off":
+            ladder.compile(self.options, self._packs, clone_sharing_storage(model), draft_rows, prove)
 
     def _prepare_graph(self, model: PreTrainedModel) -> None:
         options = self.options
         try:
             gate.refuse_by_name(model.config)
-            with self._timed("capture"):
+            with _timed(self.seconds, "capture"):
                 captured = capture(model)
-            with self._timed("passes"):
+            with _timed(self.seconds, "passes"):
                 context = PassContext(options.page_size)
                 rewrite = [p for p in options.disable_passes if p in {q.name for q in REWRITE}]
                 result = run_passes(captured, REWRITE, context, rewrite)
@@ -151,76 +243,58 @@ class Prepared:
             self._load_kernels(model.device)
             if model.device.type != "cpu" and options.engine == "auto":
                 raise LoweringError(f"specfx's ops have no kernels for {model.device.type} yet, and their references are slow")
-            with self._timed("gate"):
+            with _timed(self.seconds, "gate"):
                 stock = clone_sharing_storage(model)
                 shrunken = gate.with_shrunken_windows(result.module)
                 for call in (on_references(shrunken), shrunken):
                     _prove(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
             self.module = result.module
-            self._engine = graph_engine(result.module, options.kv_pool, model.device)
         except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
-            self._refuse("graph engine", e)
+            self.refusals.append(_refusal("graph engine", e))
 
     def _load_kernels(self, device: torch.device) -> None:
         """Replace the ops' references by kernels where they can be built; where not, the references stay in force."""
         if device.type != "cpu":
             return
         try:
-            with self._timed("kernels"):
+            with _timed(self.seconds, "kernels"):
                 self._packs = cpu_build.load().packs
         except LoweringError as e:
-            self._refuse("CPU kernels", e, "install a C++ compiler (g++) or set CXX")
-
-    def _compile(self, stock: PreTrainedModel) -> None:
-        assert self.module is not None
-        context = PassContext(self.options.page_size, self._packs)
-        try:
-            packed_at = Fingerprint.of(stock)
-            with self._timed("compile"):
-                compiled = CompiledEngine(self.module, context, self.options.disable_passes, "auto", stock.device)
-            with self._timed("first use"):
-                while True:  # once, but again if the weights change meanwhile
-                    if (now := Fingerprint.of(stock)) != packed_at:
-                        compiled.refresh()
-                        packed_at = now
-                    try:
-                        _prove(compiled, stock, shrink_windows=False)
-                        break
-                    except GateError:
-                        if Fingerprint.of(stock) == packed_at:
-                            raise
-            compiled.resize_pool(self.options.kv_pool)
-            compiled.packed_at = packed_at
-        except GateError as e:
-            self._refuse("compiled engine", e, reason=Reason.COMPILED_DIFFERS)
-            return
-        except Exception as e:  # in a thread of its own nobody would hear of it
-            self._refuse("compiled engine", e)
-            return
-        for refusal in (r.refusal for r in compiled.records):
-            if refusal is not None and refusal.reason is not Reason.NOTHING_TO_DO:
-                packing = refusal.stage == f"pass {pack_linears.name}" and refusal.reason is Reason.PASS_FAILED
-                self.refusals.append(replace(refusal, reason=Reason.WEIGHTS_NOT_PACKED) if packing else refusal)
-        self.records += compiled.records
-        self._ready = compiled
+            self.refusals.append(_refusal("CPU kernels", e, "install a C++ compiler (g++) or set CXX"))
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether the weights still lie where they were captured; values changed in place are followed. False: prepare anew."""
         now = Fingerprint.of(model)
         if now.storage != self.fingerprint.storage:
             return False
-        if now.values != self.fingerprint.values:
-            self.fingerprint = now
-            if isinstance(self._engine, CompiledEngine):
-                self._engine.refresh()
-                self._engine.packed_at = now
+        self.fingerprint = now
         return True
 
 
-def _prove(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -> None:
-    """`gate.check`, for engines that may fail in any way. Raises `GateError`."""
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] = time.perf_counter() - started
+
+
+def _refusal(stage: str, error: Exception, remedy: str = "", reason: Reason | None = None) -> Refusal:
+    """The typed reason for what `error` cost; it is logged as well."""
+    reason = reason or next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
+    detail = str(error) if isinstance(error, SpecfxError) and str(error) else f"{type(error).__name__}: {error}"
+    refusal = Refusal(stage, reason, detail, remedy)
+    log.warning("specfx: %s", refusal)
+    return refusal
+
+
+def _prove(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True, drafting: Drafting | None = None) -> None:
+    """`gate.check` (and `gate.check_drafts`), for engines that may fail in any way. Raises `GateError`."""
     try:
         gate.check(engine, stock, shrink_windows)
+        if drafting is not None:
+            gate.check_drafts(engine, drafting, gate.random_tokens(stock, gate.PROMPT + 1))
     except GateError:
         raise
     except Exception as e:
@@ -234,7 +308,7 @@ def _serves(module: fx.GraphModule) -> bool:
 
 
 def _check_pass_names(disabled: tuple[str, ...]) -> None:
-    names = [p.name for p in (*REWRITE, *LOWERING)]
+    names = [p.name for p in (*REWRITE, *DRAFTING, *LOWERING)]
     unknown = [d for d in disabled if d not in names]
     if unknown:
         from specfx.errors import OptionError

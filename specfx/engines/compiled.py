@@ -35,7 +35,13 @@ class CompiledEngine(PagedEngine):
     """
 
     def __init__(
-        self, module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...], pool_size: str | int | float, device: torch.device
+        self,
+        module: fx.GraphModule,
+        context: PassContext,
+        disabled: tuple[str, ...],
+        pool_size: str | int | float,
+        device: torch.device,
+        draft_rows: int = 0,
     ) -> None:
         # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
         lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
@@ -45,7 +51,7 @@ class CompiledEngine(PagedEngine):
             call: Any = _compat.inductor_compile(lowered.module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads()})
         except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
             raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
-        super().__init__("compiled", lowered.module, call, pool_size, device)
+        super().__init__("compiled", lowered.module, call, pool_size, device, draft_rows)
         self.packed_at: Fingerprint | None = None  # the weights that the packed ones are of
 
     def refresh(self) -> None:

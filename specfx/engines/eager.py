@@ -70,6 +70,7 @@ class EagerEngine:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model: PreTrainedModel | None = None
         self.verifies = "nothing"
+        self.drafts = False
         self.refusals: list[Refusal] = []
         self._sequences: dict[int, _Sequence] = {}
         try:

@@ -3,7 +3,7 @@
 `PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"), or
 the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs
 are bound by the names of the graph's placeholders, so passes may be switched off: without the tree mask the engine verifies chains,
-without the epilogue it selects logits itself.
+without the epilogue it selects logits itself. With a head stitched in (`mtp_head`), each output brings the next draft.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from specfx.drafters.mtp_tree import trees
 from specfx.engines.base import Rows, RowsOutput
 from specfx.kernels.library import REFERENCES
 from specfx.passes.framework import calls, copy_module, placeholder
+from specfx.passes.mtp_head import NEXT_IDS
 from specfx.runtime.kv_pool import KVPool, LayerShape
 from specfx.runtime.tree import MAX_ROWS
 
@@ -58,10 +60,16 @@ def _as_int64(word: int) -> int:
 
 
 class PagedEngine:
-    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order."""
+    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order.
 
-    def __init__(self, name: str, module: fx.GraphModule, call: Call, pool_size: str | int | float, device: torch.device) -> None:
+    draft_rows: rows behind the committed ones that a stitched head's draft steps need.
+    """
+
+    def __init__(
+        self, name: str, module: fx.GraphModule, call: Call, pool_size: str | int | float, device: torch.device, draft_rows: int = 0
+    ) -> None:
         self.name, self.call, self.module = name, call, module
+        self.draft_rows = draft_rows
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.inputs = [str(n.target) for n in inputs]
         self.verifies = "trees" if "tree_mask" in self.inputs else "chains"
@@ -70,6 +78,7 @@ class PagedEngine:
         self._pool_names = [str(n.target) for n in pools]
         self.pool = KVPool(shapes, pools[0].meta["val"].shape[1], pool_size, device)
         self._selects = "logit_rows" in self.inputs
+        self.drafts = NEXT_IDS in self.inputs
         self._device = device
         self.max_rows = most_rows(module)
 
@@ -78,7 +87,7 @@ class PagedEngine:
         self.pool = KVPool(self.pool.shapes, self.pool.page_size, size, self._device)
 
     def add(self, seq: int, capacity: int) -> None:
-        self.pool.add(seq, capacity)
+        self.pool.add(seq, capacity + self.draft_rows)
 
     def remove(self, seq: int) -> None:
         self.pool.remove(seq)
@@ -102,8 +111,11 @@ class PagedEngine:
         positions: list[int] = []
         starts = [0]
         logit_rows: list[int] = []
+        next_ids: list[int] = []
         for rows, count in zip(batch, counts, strict=True):
             tokens += rows.tokens
+            next_ids += [*rows.tokens[1:], -1 if rows.following is None else rows.following]
+            next_ids += [-1] * (count - len(rows.tokens))
             if rows.tree is not None:
                 if self.verifies != "trees" and not rows.tree.is_chain:
                     raise ValueError("this engine verifies chains only: the tree_mask pass did not run")
@@ -129,6 +141,7 @@ class PagedEngine:
             "moves": moves,
             "tree_mask": self._tensor(masks),
             "logit_rows": self._tensor(logit_rows),
+            NEXT_IDS: self._tensor(next_ids),
             **dict(zip(self._pool_names, self.pool.pools, strict=True)),
         }
 
@@ -140,15 +153,16 @@ class PagedEngine:
         if not self._selects:
             logits = logits[inputs["logit_rows"]]
         argmax: list[int] = (rest[0] if rest else logits.float().argmax(-1)).tolist()
+        drafts = trees((rest[1], rest[2], rest[3])) if self.drafts else [None] * len(batch)
         outputs, row, read = [], 0, 0
-        for rows in batch:
+        for rows, draft in zip(batch, drafts, strict=True):
             count, reads = rows.count, 1 if rows.last_only else rows.count
-            outputs.append(RowsOutput(argmax[read : read + reads], logits[read : read + reads], hidden[row : row + count]))
+            outputs.append(RowsOutput(argmax[read : read + reads], logits[read : read + reads], hidden[row : row + count], draft))
             row, read = row + count, read + reads
         return outputs
 
 
-def graph_engine(module: fx.GraphModule, pool_size: str | int | float, device: torch.device) -> PagedEngine:
+def graph_engine(module: fx.GraphModule, pool_size: str | int | float, device: torch.device, draft_rows: int = 0) -> PagedEngine:
     """The engine that runs `module` as it is."""
     runnable: Any = module
-    return PagedEngine("graph", module, runnable, pool_size, device)
+    return PagedEngine("graph", module, runnable, pool_size, device, draft_rows)

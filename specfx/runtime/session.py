@@ -21,6 +21,7 @@ from torch import Tensor
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.runtime.stats import CallStats
+from specfx.runtime.tree import DraftTree
 
 PREFILL_CHUNK = 512
 """Rows of a prompt that one forward takes."""
@@ -116,25 +117,34 @@ class Runtime:
             self.drafter.add(seq, prompt, ends)
             self.sequences[seq] = sequence
             with self.stats.timed("prefill"):
-                output, hidden = self._prefill(seq, prompt)
+                output, hidden = self._prefill(sequence, prompt)
             token = output.argmax[-1] if processor is None else choose(sequence, output.logits[-1])
             self.stats.prefills += 1
             self.stats.prompt_tokens += len(prompt)
-            return self._committed(sequence, [token], hidden, self._append(sequence, token))
+            return self._committed(sequence, [token], hidden, self._draft_of(sequence, output), self._append(sequence, token))
         except BaseException:
             self.remove(seq)
             raise
 
-    def _prefill(self, seq: int, prompt: Sequence[int]) -> tuple[RowsOutput, Tensor | None]:
+    def _prefill(self, sequence: SequenceState, prompt: Sequence[int]) -> tuple[RowsOutput, Tensor | None]:
         hidden: list[Tensor] = []
         size = min(PREFILL_CHUNK, self.engine.max_rows)
         for start in range(0, len(prompt), size):
-            chunk = prompt[start : start + size]
-            output = self.engine.forward([Rows(seq, chunk, last_only=True)])[0]
-            self.engine.commit(seq, range(len(chunk)))
-            if self.drafter.needs_hidden and output.hidden is not None:
-                hidden.append(output.hidden.clone())  # the next forward may overwrite it
+            chunk, end = prompt[start : start + size], start + size
+            following = prompt[end] if end < len(prompt) else None
+            output = self.engine.forward([Rows(sequence.id, chunk, last_only=True, following=following)])[0]
+            self.engine.commit(sequence.id, range(len(chunk)))
+            if (part := self._hidden_for(sequence, output)) is not None:
+                hidden.append(part.clone())  # the next forward may overwrite it
         return output, torch.cat(hidden) if hidden else None
+
+    def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
+        """The draft that the engine made: it hangs on the greedy choice, which a processor may overrule."""
+        return output.draft if self.drafter.needs_hidden and sequence.processor is None else None
+
+    def _hidden_for(self, sequence: SequenceState, output: RowsOutput) -> Tensor | None:
+        """The hidden states, for a drafter that needs them and that the engine has not drafted for."""
+        return output.hidden if self.drafter.needs_hidden and self._draft_of(sequence, output) is None else None
 
     def step(self) -> list[Committed]:
         """One step of every sequence; see the module's docstring. Whatever it raises, all sequences are removed: none is half done."""
@@ -171,8 +181,9 @@ class Runtime:
                 self.stats.steps += 1
                 if len(tree):
                     self.stats.count_draft(max(tree.depths()), len(rows) - 1, len(tree))
-                hidden = output.hidden[rows] if self.drafter.needs_hidden and output.hidden is not None else None
-            committed.append(self._committed(sequence, tokens, hidden, finished))
+                hidden = self._hidden_for(sequence, output)
+                hidden = hidden[rows] if hidden is not None else None
+            committed.append(self._committed(sequence, tokens, hidden, self._draft_of(sequence, output), finished))
         return committed
 
     def _append(self, sequence: SequenceState, token: int) -> bool:
@@ -182,14 +193,16 @@ class Runtime:
         sequence.remaining -= 1
         return sequence.stop(token) or sequence.remaining <= 0
 
-    def _committed(self, sequence: SequenceState, tokens: list[int], hidden: Tensor | None, finished: bool) -> Committed:
+    def _committed(
+        self, sequence: SequenceState, tokens: list[int], hidden: Tensor | None, draft: DraftTree | None, finished: bool
+    ) -> Committed:
         """Tell the drafter, or free the sequence that has ended."""
         self.stats.tokens += len(tokens)
         if finished:
             self.remove(sequence.id, tokens)
         else:
             with self.stats.timed("draft"):
-                self.drafter.accept(sequence.id, tokens, hidden)
+                self.drafter.accept(sequence.id, tokens, hidden, draft)
         return Committed(sequence.id, tokens, finished)
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:

@@ -112,3 +112,27 @@ class DraftTree:
 
 
 EMPTY_TREE = DraftTree()
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """SGLang's ``num_steps``, ``topk`` and ``num_draft_tokens`` (the pending token counts as one of them)."""
+
+    num_steps: int
+    topk: int
+    num_draft_tokens: int
+
+    @property
+    def candidates(self) -> int:
+        """Tokens that are proposed."""
+        return self.topk + (self.num_steps - 1) * self.topk**2
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of every tree."""
+        return min(self.num_draft_tokens - 1, self.candidates)
+
+    @property
+    def rows(self) -> int:
+        """Most rows of one step."""
+        return (self.num_steps - 1) * self.topk

@@ -25,13 +25,13 @@ class ChainKV(HeadKV):
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.key_blocks: list[Tensor] = []
+        self.value_blocks: list[Tensor] = []
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        self.keys.append(keys)
-        self.values.append(values)
-        return torch.cat(self.keys, dim=2), torch.cat(self.values, dim=2)
+        self.key_blocks.append(keys)
+        self.value_blocks.append(values)
+        return torch.cat(self.key_blocks, dim=2), torch.cat(self.value_blocks, dim=2)
 
 
 def chains(head: MtpHead, ids: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:

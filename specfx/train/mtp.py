@@ -186,13 +186,14 @@ def _evaluated(title: str, job: Job, held_out: Any, vocabulary: Any = None) -> d
 
 def _write_vocabulary(job: Job, head: MtpHead, held_out: Any) -> dict[str, Any]:
     """Choose the draft vocabulary, write it, and tell how much of held-out text it holds and what it costs in acceptance."""
+    from specfx.drafters.mtp_head import save_draft_vocab
     from specfx.train import vocabulary
     from specfx.train.data import end_tokens
 
     if not job.draft_vocab:
         return {}
     chosen = vocabulary.select(job.texts, job.draft_vocab, end_tokens(job.target))
-    vocabulary.save(chosen, job.folder)
+    save_draft_vocab(chosen, job.folder)
     covered = vocabulary.coverage(chosen, job.held_out)
     print(f"draft vocabulary: {len(chosen)} tokens, which are {100 * covered:.2f} % of the held-out ones", flush=True)
     after = _evaluated("with the draft vocabulary alone", job, held_out, chosen)

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
 from specfx.train.data import Text
-
-FILE = "draft_vocab.safetensors"
-"""Beside the head's `model.safetensors`; its one tensor is `draft_vocab`: ``[N]`` int64, ascending."""
 
 
 def select(texts: Iterable[Text], size: int, always: Iterable[int] = ()) -> torch.Tensor:
@@ -42,11 +38,3 @@ def count(texts: Iterable[Text]) -> Counter[int]:
     for text in texts:
         counts.update(text.output)
     return counts
-
-
-def save(vocabulary: torch.Tensor, folder: Path) -> Path:
-    """Write `FILE` in `folder`."""
-    from safetensors.torch import save_file
-
-    save_file({"draft_vocab": vocabulary.contiguous()}, folder / FILE, metadata={"format": "pt"})
-    return folder / FILE
