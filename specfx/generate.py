@@ -161,9 +161,7 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
         if getattr(config, name, None):
             return name
     mode = config.get_generation_mode(None)
-    if mode is GenerationMode.SAMPLE:
-        return "sampling (do_sample=True)"
-    if mode is not GenerationMode.GREEDY_SEARCH:
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return str(mode.value).replace("_", " ")
     return None
 

@@ -16,6 +16,7 @@ from specfx import demo
 from specfx.bench import equal, forward, generate, prompts, report
 from specfx.engines.base import Rows, RowsOutput
 from specfx.errors import OptionError
+from specfx.runtime.stats import CallStats
 
 VOCABULARY = 32
 
@@ -56,7 +57,8 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str | None, dict[str,
         model.generate = lambda ids, **rest: stock(model, ids, **rest) + torch.tensor([0] * (ids.shape[1] + 3) + [shift])
         return model
 
-    numbers = SimpleNamespace(tokens=4, forwards=2, tokens_per_forward=2.0, acceptance_by_depth=[0.5], seconds={"total": 1.0})
+    last = CallStats(proposed=[4, 2], accepted=[2, 1])
+    numbers = SimpleNamespace(tokens=4, forwards=2, tokens_per_forward=2.0, last=last, seconds={"total": 1.0})
     monkeypatch.setattr(specfx, "speculate", speculate, raising=False)
     monkeypatch.setattr(specfx, "stats", lambda _: numbers, raising=False)
     return calls
@@ -159,6 +161,20 @@ def test_head_goes_to_mtp_alone_and_none_options_are_left_out() -> None:
         generate.Arm("suffix", "suffix", {"engine": "graph"}),
         generate.Arm("mtp", "mtp", {"head": "h", "engine": "graph"}),
     ]
+
+
+def test_a_method_may_bring_its_own_options() -> None:
+    stock, *arms = generate.parse_arms("mtp:topk=1,mtp:topk=4:draft_vocab=some/path,suffix:use_tree_spec=False", head="h")
+    assert stock.is_stock
+    assert [(a.name, a.method, a.options) for a in arms] == [
+        ("mtp:topk=1", "mtp", {"head": "h", "topk": 1}),
+        ("mtp:topk=4:draft_vocab=some/path", "mtp", {"head": "h", "topk": 4, "draft_vocab": "some/path"}),
+        ("suffix:use_tree_spec=False", "suffix", {"use_tree_spec": False}),
+    ]
+    with pytest.raises(OptionError, match="'topk' is not an option"):
+        generate.parse_arms("mtp:topk")
+    with pytest.raises(OptionError, match="no option 'topk'"):
+        generate.parse_arms("suffix:topk=1")
 
 
 def test_measurement_compares_each_method_with_stock(wrapped: list[tuple[str | None, dict[str, Any]]]) -> None:

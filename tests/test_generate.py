@@ -663,22 +663,6 @@ def test_pipeline(wrap: Wrap) -> None:
 # --- what is handed to stock -----------------------------------------------------------------------------------------------------------
 
 
-def test_sampling_is_stocks_for_the_same_seed(wrap: Wrap) -> None:
-    model = wrap(method="suffix")
-    for ids, settings in (
-        (prompt_of(), {}),
-        (prompt_of(batch=3), {"top_k": 20, "temperature": 1.3}),
-        (prompt_of(), {"num_return_sequences": 3, "top_p": 0.9}),
-    ):
-        torch.manual_seed(7)
-        expected = stock(model, ids, max_new_tokens=16, do_sample=True, **settings)
-        torch.manual_seed(7)
-        got = model.generate(ids, max_new_tokens=16, do_sample=True, **settings)
-        assert torch.equal(got, expected)
-    assert_stock(model, "do_sample")
-    assert sum(specfx.explain(model).stock_calls.values()) == 3
-
-
 def test_a_greedy_call_leaves_the_random_state_alone(wrap: Wrap) -> None:
     model = wrap(method="suffix")
     torch.manual_seed(7)

@@ -357,6 +357,23 @@ def test_every_weight_lands_where_it_belongs(name: str, make: Callable[..., Made
     assert same(states(load_head(made.folder, made.target)), made.truth)
 
 
+@pytest.mark.parametrize("revision", [None, "abc"])
+def test_a_hub_id_is_looked_for_in_the_cache(revision: str | None, make: Callable[..., Made], tmp_path: Path, monkeypatch: Any) -> None:
+    """As `from_pretrained("org/name")` leaves it: a snapshot under the cache, and the revision in the config. Nothing is downloaded."""
+    made = make("mimo", shards=3)
+    cached = tmp_path / "hub" / "models--org--name"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots").mkdir()
+    made.folder.rename(cached / "snapshots" / "abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    made.target.config._name_or_path, made.target.config._commit_hash = "org/name", revision
+    assert same(states(load_head(None, made.target)), made.truth)
+    made.target.config._name_or_path = "org/other"
+    with pytest.raises(HeadError, match="'org/other' is no folder and not in the Hub's cache"):
+        load_head(None, made.target)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_drafts_equal_a_recomputation_without_kv(name: str, make: Callable[..., Made]) -> None:
     """Layer k over all rows, recomputed at every draft; commits of several sizes, more steps than layers."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import specfx
 from specfx import models
@@ -38,10 +39,10 @@ def split(batch: int) -> list[tuple[str, ...]]:
     return [(p,) for p in PROMPTS] if batch == 1 else [PROMPTS]
 
 
-def generate(model, tokenizer, prompts):
+def generate(model, tokenizer, prompts, new_tokens=NEW_TOKENS):
     chats = [tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True) for p in prompts]
     inputs = tokenizer(chats, return_tensors="pt", padding=True, padding_side="left")
-    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)
 
 
 @pytest.mark.parametrize("engine", ["eager", "graph", "compiled"])
@@ -72,3 +73,17 @@ def test_drafts_that_repeat_the_prompt_save_forwards(smollm2):
     with specfx.speculating(model, "suffix", engine="graph"):
         model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         assert specfx.stats(model).tokens_per_forward > 2
+
+
+def test_a_head_with_shuffled_weights_is_noticed_within_one_generation(smollm2, tmp_path):
+    """It brings one warning that names the likely causes, and drafting stops: forwards verify a lone token again."""
+    model, tokenizer = smollm2
+    weights, generator = load_file(HEAD / "model.safetensors"), torch.Generator().manual_seed(0)
+    shuffled = {name: w.flatten()[torch.randperm(w.numel(), generator=generator)].view(w.shape) for name, w in weights.items()}
+    save_file(shuffled, tmp_path / "model.safetensors")
+    with specfx.speculating(model, "mtp", head=tmp_path, engine="graph", compile="off", topk=1):
+        with pytest.warns(UserWarning, match="drafting stops.*another model.*mixed up"):
+            tokens = generate(model, tokenizer, PROMPTS[1:], 96)
+        stats = specfx.stats(model).last
+    assert stats.forwards - 60 < stats.proposed[0] <= 60
+    assert torch.equal(tokens, generate(model, tokenizer, PROMPTS[1:], 96))

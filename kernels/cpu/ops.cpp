@@ -4,6 +4,7 @@
 
 #include "attention.h"
 #include "greedy_walk.h"
+#include "keyed_sample.h"
 #include "packed_linear.h"
 
 // 1: packed_linear runs here; 0: this build or this kernel has no AMX.
@@ -19,6 +20,7 @@ TORCH_LIBRARY_IMPL(specfx, CPU, m) {
   m.impl("tree_attention_", &specfx::tree_attention_);
   m.impl("tree_positions", &specfx::tree_positions);
   m.impl("greedy_walk", &specfx::greedy_walk);
+  m.impl("keyed_sample", &specfx::keyed_sample);
 #ifdef SPECFX_AMX
   m.impl("packed_linear", &specfx::packed_linear);
 #endif

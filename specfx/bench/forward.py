@@ -1,7 +1,8 @@
 """`specfx bench forward`: what one target forward costs, and what a decode step costs besides.
 
 Forwards: a stock eager cached step of one token, and the engine's forward of 1, 8, 16, ... rows (a pending token and a chain of
-drafts), all at the same context. One of each in turn, so that a ratio compares neighbours in time; medians over the repeats.
+drafts), all at the same context. One of each in turn, so that a ratio compares neighbours in time; medians over the repeats. An engine
+with a draft head in its graph is measured beside the one without: the difference is what drafting costs.
 
 Steps: `generate` calls with each method from a prompt of the same context; from their statistics, the share of a step's time that
 is spent outside the forward (drafting, acceptance, bookkeeping). Prefill is left out of both sides.
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specfx.bench import report
-from specfx.bench.generate import generate, parse_arms, start
+from specfx.bench.generate import NONE, generate, parse_arms, start
 from specfx.errors import OptionError, UnsupportedModelError
 from specfx.runtime.tree import MAX_ROWS, DraftTree
 
@@ -105,7 +106,8 @@ def run(
     prompt, token = tokens[:context], tokens[context]
 
     steps_of: dict[str, Any] = {}
-    for arm in arms:
+    engines: dict[str, Engine] = {}
+    for arm in [*arms, *parse_arms(NONE, engine=engine)[1:]]:
         with report.Progress(f"{arm.name}: capture, compile, decode"):
             for _ in range(2):  # the first call warms up; each begins with a drafter that has seen nothing
                 start(target, arm)
@@ -116,29 +118,47 @@ def run(
                 "share": outside_share(stats.seconds),
                 "tokens_per_forward": stats.tokens_per_forward,
             }
-    explanation = specfx.explain(target)
-    served = engine_of(target)
-    if served is None or served.verifies == "nothing":
-        raise UnsupportedModelError(f"{model}: no engine serves it, so there is no forward to measure; {explanation}")
-    served.add(_SEQUENCE, context + max(counts) + 1)
+        served, explanation = engine_of(target), specfx.explain(target)
+        if served.verifies == "nothing":
+            raise UnsupportedModelError(f"{model}: no engine serves it, so there is no forward to measure; {explanation}")
+        engines[f"{arm.name}, {served.name}" if served.drafts else served.name] = served
+    plain = explanation.engine
     try:
-        served.forward([Rows(_SEQUENCE, prompt, last_only=True)])
-        served.commit(_SEQUENCE, range(context))
+        for served in engines.values():
+            served.add(_SEQUENCE, context + max(counts) + 1)
+            served.forward([Rows(_SEQUENCE, prompt, last_only=True)])
+            served.commit(_SEQUENCE, range(context))
         steps = {STOCK_STEP: stock_step(target, prompt, token)}
-        steps.update({f"{explanation.engine}, {n} rows": engine_step(served, token, n) for n in counts})
+        steps.update({f"{name}, {n} rows": engine_step(served, token, n) for name, served in engines.items() for n in counts})
         with report.Progress(f"forwards, {repeats} of each"):
             seconds = interleaved(steps, repeats)
     finally:
-        served.remove(_SEQUENCE)
+        for served in engines.values():
+            served.remove(_SEQUENCE)
 
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
-    first = medians[f"{explanation.engine}, {counts[0]} rows"]
+    first = medians[f"{plain}, {counts[0]} rows"]
+    drafting = {
+        f"{name}, {n} rows": statistics.median(
+            (with_head - without) / step
+            for with_head, without, step in zip(
+                *(seconds[f"{e}, {r} rows"] for e, r in ((name, n), (plain, n), (plain, counts[0]))), strict=True
+            )
+        )
+        for name, served in engines.items()
+        if served.drafts
+        for n in counts
+    }
     lines = [
         (name, f"{value * 1e3:.2f}", f"{value / medians[STOCK_STEP]:.3f}", f"{value / first:.3f}", f"{min(seconds[name]) * 1e3:.2f}")
         for name, value in medians.items()
     ]
     print(report.table((f"forward at context {context}", "median ms", "of stock", f"of {counts[0]} rows", "least ms"), lines))
     print()
+    if drafting:
+        header = ("drafting in the graph", f"of a forward of {counts[0]} rows")
+        print(report.table(header, [(name, f"{share:.1%}") for name, share in drafting.items()]))
+        print()
     shares = [
         (name, *[f"{step['share'][part]:.1%}" for part in ("outside", "draft", "accept")], report.number(step["tokens_per_forward"]))
         for name, step in steps_of.items()
@@ -151,7 +171,8 @@ def run(
             "dtype": dtype,
             "context": context,
             "repeats": repeats,
-            "engine": explanation.engine,
+            "engine": plain,
+            "drafting": drafting,
             "median_seconds": medians,
             "seconds": seconds,
             "steps": steps_of,

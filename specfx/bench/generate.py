@@ -7,6 +7,7 @@ calls, prefill included. The stock arm is the class's own `generate` on the same
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import statistics
 import sys
@@ -17,10 +18,13 @@ from typing import Any
 
 from specfx.bench import report
 from specfx.bench.prompts import Prompt, read_prompts
+from specfx.errors import OptionError
 from specfx.options import parse
+from specfx.runtime.stats import CallStats
 
 STOCK = "stock"
 NONE = "none"
+_DEPTHS = 5  # of acceptance that the table shows
 _WARM_UP_TEXT = "one two three four five six seven eight nine ten, " * 6
 
 
@@ -50,7 +54,8 @@ class Measurement:
     same_as_stock: bool
     forwards: int | None = None
     tokens_per_forward: float | None = None
-    acceptance_by_depth: list[float] | None = None
+    proposed: list[int] | None = None
+    accepted: list[int] | None = None
     seconds_by_stage: dict[str, float] | None = None
 
     @property
@@ -69,22 +74,37 @@ class Summary:
     over_none: float | None
     lowest_over_none: float | None
     tokens_per_forward: float | None
+    acceptance_by_depth: list[float] | None
+    """Of the drafts that were so deep, the share in which a token of this depth was accepted."""
     same_as_stock: float
 
 
 def parse_arms(methods: str, **options: Any) -> list[Arm]:
-    """The stock arm and one for each of ``"none,suffix,..."``.
+    """The stock arm and one for each of ``"none,suffix,mtp:topk=1:num_steps=4,..."``, a method and options of its own.
 
     Options that are None are left out and `head` goes to ``"mtp"`` alone. Raises `OptionError` before anything is loaded.
     """
     given = {name: value for name, value in options.items() if value is not None}
     arms = [Arm(STOCK)]
     for name in dict.fromkeys(part.strip() for part in methods.split(",")):
-        method = None if name == NONE else name
+        first, *settings = name.split(":")
+        method = None if first == NONE else first
         own = {key: value for key, value in given.items() if key != "head" or method == "mtp"}
+        own |= dict(_setting(text) for text in settings)
         parse(method, own)
         arms.append(Arm(name, method, own))
     return arms
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """``"topk=1"`` as ``("topk", 1)``: a Python literal, or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise OptionError(f"methods: {text!r} is not an option; write NAME=VALUE behind the method, as in mtp:topk=1")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def start(model: Any, arm: Arm) -> None:
@@ -175,10 +195,18 @@ def summarise(measurements: Sequence[Measurement]) -> list[Summary]:
                 over_none=report.median(over_none),
                 lowest_over_none=min(over_none, default=None),
                 tokens_per_forward=per_forward,
+                acceptance_by_depth=_acceptance(own),
                 same_as_stock=sum(m.same_as_stock for m in own) / len(own),
             )
         )
     return summaries
+
+
+def _acceptance(measurements: Sequence[Measurement]) -> list[float] | None:
+    total = CallStats()
+    for m in measurements:
+        total.add(CallStats(proposed=m.proposed or [], accepted=m.accepted or []))
+    return total.acceptance_by_depth or None
 
 
 def by_category(measurements: Sequence[Measurement]) -> dict[str, list[Summary]]:
@@ -191,7 +219,18 @@ def by_category(measurements: Sequence[Measurement]) -> dict[str, list[Summary]]
 
 def summary_table(groups: dict[str, list[Summary]]) -> str:
     """Groups of summaries as one table."""
-    header = ("group", "method", "prompts", "tokens/s", "over stock", "over none", "lowest", "tokens/forward", "same output")
+    header = (
+        "group",
+        "method",
+        "prompts",
+        "tokens/s",
+        "over stock",
+        "over none",
+        "lowest",
+        "tokens/forward",
+        "accepted by depth",
+        "same output",
+    )
     rows = [
         (
             group,
@@ -202,6 +241,7 @@ def summary_table(groups: dict[str, list[Summary]]) -> str:
             report.number(s.over_none, 2, "x"),
             report.number(s.lowest_over_none, 2, "x"),
             report.number(s.tokens_per_forward),
+            " ".join(f"{share:.2f}" for share in (s.acceptance_by_depth or [])[:_DEPTHS]) or "-",
             f"{s.same_as_stock:.0%}",
         )
         for group, summaries in groups.items()
@@ -271,7 +311,8 @@ def _statistics(model: Any) -> dict[str, Any]:
     return {
         "forwards": stats.forwards,
         "tokens_per_forward": stats.tokens_per_forward,
-        "acceptance_by_depth": list(stats.acceptance_by_depth),
+        "proposed": list(stats.last.proposed),
+        "accepted": list(stats.last.accepted),
         "seconds_by_stage": dict(stats.seconds),
     }
 

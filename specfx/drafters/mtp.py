@@ -20,7 +20,7 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -94,8 +94,10 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
     head = load_head(options.head, target, options.draft_vocab)
     head.try_out(target)
-    layers = len(head.chain)
-    drafter = MtpDrafter(head, options.shape(max_nodes, layers > 1), f"{options.head}" if options.head else "in the target's checkpoint")
+    layers, shape = len(head.chain), options.shape(max_nodes, len(head.chain) > 1)
+    if head.draft_ids is not None:
+        shape = replace(shape, topk=min(shape.topk, len(head.draft_ids)))
+    drafter = MtpDrafter(head, shape, f"{options.head}" if options.head else "in the target's checkpoint")
     if layers > 1 and (options.topk or 1) > 1:
         detail = f"a head of {layers} layers drafts chains: topk={options.topk} is taken as 1"
         drafter.refusals.append(Refusal("mtp trees", Reason.DRAFTS_CHAINS, detail, "topk=1"))

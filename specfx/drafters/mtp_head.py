@@ -265,7 +265,8 @@ class MtpHead(nn.Module):
 
     @torch.no_grad()
     def restrict(self, ids: torch.Tensor) -> None:
-        """Draft these tokens alone (``[N]`` int64, each once): the LM head's rows of them are copied into a small one.
+        """Draft these tokens alone (``[N]`` int64, each once): the LM head's rows of them are copied into a small one, which does not
+        follow later changes of the LM head.
 
         Raises `HeadError` for ids that are not of the target's vocabulary.
         """

@@ -211,8 +211,9 @@ class Prepared:
                 raise PassError(refused.detail)
             rows = drafting.shape.rows
             prove = functools.partial(_prove, drafting=drafting)
-            for call in (on_references(result.module), result.module):
-                prove(PagedEngine("graph", result.module, call, "auto", model.device, rows), clone_sharing_storage(model), False)
+            shrunken = gate.with_shrunken_windows(result.module)
+            for call in (on_references(shrunken), shrunken):
+                prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), clone_sharing_storage(model), True)
         except Exception as e:  # drafting beside the graph is slower, not wrong
             self._apart[key] = _refusal(stage, e, reason=Reason.DRAFTING_APART)
             return
@@ -294,7 +295,7 @@ def _prove(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True, 
     try:
         gate.check(engine, stock, shrink_windows)
         if drafting is not None:
-            gate.check_drafts(engine, drafting, gate.random_tokens(stock, gate.PROMPT + 1))
+            gate.check_drafts(engine, drafting, gate.random_tokens(stock, gate.PROMPT + 1), shrink_windows)
     except GateError:
         raise
     except Exception as e:

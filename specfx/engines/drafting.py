@@ -87,7 +87,8 @@ class _DraftStep(nn.Module):
     def __init__(self, head: MtpHead, shape: TreeShape, page_size: int) -> None:
         super().__init__()
         self.head, self.shape, self.page_size = head, shape, page_size
-        self.shared = nn.ModuleList(part for part in head._unregistered if part is not None)  # unregistered weights would be copied
+        embed, lm_head, rotary, final_norm = head._unregistered  # what is not registered would be copied
+        self.embed, self.lm_head, self.rotary, self.final_norm = embed, lm_head, rotary, final_norm
 
     def forward(
         self,
@@ -137,8 +138,11 @@ def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
         raise CaptureError(f"a head of {len(head.chain)} layers is not stitched into the graph")
     like: dict[str, Any] = {"device": head.device}
     one = torch.zeros(1, 1, dtype=torch.long, **like)
-    with torch.no_grad():
-        head.over(one, torch.zeros(1, 1, head.hidden_size, dtype=head.dtype, **like), one, None, None)
+    try:
+        with torch.no_grad():
+            head.over(one, torch.zeros(1, 1, head.hidden_size, dtype=head.dtype, **like), one, None, None)
+    except Exception as e:  # layers are the families' code
+        raise CaptureError(f"the head's layer can't be driven by itself: {type(e).__name__}: {e}") from e
     sequences, rows, reads = 3, 11, 7
     ints = lambda *size: torch.zeros(size, dtype=torch.int32, **like)  # noqa: E731
     longs = lambda *size: torch.zeros(size, dtype=torch.int64, **like)  # noqa: E731

@@ -43,7 +43,8 @@ _ROWWISE_PROCESSORS = tuple(
             "ForcedEOSTokenLogitsProcessor",
         ),
         *("SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "LogitNormalization", "InfNanRemoveLogitsProcessor"),
-        "ExponentialDecayLengthPenalty",
+        *("ExponentialDecayLengthPenalty", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"),
+        *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
     )
 )
 """Processors that treat each row by itself, so that rows of a batch may be at different lengths."""
@@ -148,7 +149,10 @@ def speculative_decode(
     streamer: BaseStreamer | None = None,
     **inputs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """A decoding method for `generate`; input_ids ``[B, L]`` -> ``[B, L + new]``, token for token what stock greedy decoding gives."""
+    """A decoding method for `generate`; input_ids ``[B, L]`` -> ``[B, L + new]``.
+
+    Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call.
+    """
     reason = stock_reason(input_ids, logits_processor, stopping_criteria, generation_config, streamer, engine, inputs)
     if reason is not None:
         record_stock(reason)
@@ -167,6 +171,7 @@ def speculative_decode(
     limit = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
     if limit is None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if generation_config.do_sample else None
     runtime = Runtime(engine, drafter, max_nodes, stats)
     generated: dict[int, list[int]] = {}
     try:
@@ -175,7 +180,15 @@ def speculative_decode(
             stop = _Stop(row, stopping_criteria, input_ids.device)
             processor = _of_row(logits_processor, i)
             first = runtime.add(
-                row[pad:], limit - len(row), stop, processor, seen=row, seq=seq, device=input_ids.device, ends=sorted(stop.ends)
+                row[pad:],
+                limit - len(row),
+                stop,
+                processor,
+                seen=row,
+                seq=seq,
+                device=input_ids.device,
+                ends=sorted(stop.ends),
+                key=None if seed is None else (seed, i),
             )
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)

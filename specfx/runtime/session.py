@@ -7,6 +7,9 @@ A step is the whole of speculative decoding (Leviathan et al., 2023; trees after
 3. **walk**: from the root to the child that holds the target's own choice, for as long as there is one. The last choice, which
    no child holds, is the bonus token: a step commits at least one token, and exactly those that plain decoding would have chosen;
 4. **commit**: the engine keeps the walked rows, the drafter learns them, the bonus token is the next pending one.
+
+Where tokens are sampled, the target's choice behind a row is drawn from its own distribution with noise that belongs to the token's
+place in its sequence. So every draft method, none included, gives the same text for the same seed, and the distribution is the target's.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import DraftTree
 
@@ -35,7 +39,8 @@ _ids = itertools.count()
 @dataclass
 class SequenceState:
     """State of one sequence. tokens: prompt and all committed tokens; the last one is pending (its forward has not happened).
-    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens), on the caller's `device`."""
+    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens), on the caller's `device`.
+    key: (seed, number of the sequence in its call) of the noise that its tokens are drawn with, None for greedy decoding."""
 
     id: int
     tokens: list[int]
@@ -44,6 +49,12 @@ class SequenceState:
     stop: Callable[[int], bool]
     processor: Processor | None
     device: torch.device | None
+    key: tuple[int, int] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its next token is the argmax of the logits as they are."""
+        return self.processor is None and self.key is None
 
 
 @dataclass(frozen=True)
@@ -73,10 +84,16 @@ class _Choices:
 
 
 def choose(sequence: SequenceState, logits: Tensor) -> int:
-    """The greedy token after the sequence's tokens, through its processor. logits: ``[V]``."""
-    assert sequence.processor is not None
-    prefix = torch.tensor([sequence.seen], device=sequence.device)
-    return int(sequence.processor(prefix, logits[None].to(sequence.device, torch.float32)).argmax(-1))
+    """The token after the sequence's tokens: of the processed logits the best one, or one drawn with the noise of its place.
+
+    logits: ``[V]``. The drawn token depends on nothing but the prefix, the logits and the key (`specfx.kernels.keyed_sample`).
+    """
+    scores = logits[None].to(sequence.device, torch.float32)
+    if sequence.processor is not None:
+        scores = sequence.processor(torch.tensor([sequence.seen], device=sequence.device), scores)
+    if sequence.key is None:
+        return int(scores.argmax(-1))
+    return int(keyed_sample(scores.float(), torch.tensor([[*sequence.key, len(sequence.tokens)]], device=scores.device)))
 
 
 class Runtime:
@@ -104,21 +121,23 @@ class Runtime:
         seq: int | None = None,
         device: torch.device | None = None,
         ends: Sequence[int] = (),
+        key: tuple[int, int] | None = None,
     ) -> Committed:
         """Prefill a new sequence and commit its first token.
 
         stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
-        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter.
+        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. key: see
+        `SequenceState`.
         Raises `KVPoolError` before anything is done, and leaves nothing behind whatever it raises.
         """
         seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
-        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor, device)
+        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor, device, key)
         try:
             self.drafter.add(seq, prompt, ends)
             self.sequences[seq] = sequence
             with self.stats.timed("prefill"):
                 output, hidden = self._prefill(sequence, prompt)
-            token = output.argmax[-1] if processor is None else choose(sequence, output.logits[-1])
+            token = output.argmax[-1] if sequence.is_plain else choose(sequence, output.logits[-1])
             self.stats.prefills += 1
             self.stats.prompt_tokens += len(prompt)
             return self._committed(sequence, [token], hidden, self._draft_of(sequence, output), self._append(sequence, token))
@@ -139,8 +158,8 @@ class Runtime:
         return output, torch.cat(hidden) if hidden else None
 
     def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
-        """The draft that the engine made: it hangs on the greedy choice, which a processor may overrule."""
-        return output.draft if self.drafter.needs_hidden and sequence.processor is None else None
+        """The draft that the engine made: it hangs on the greedy choice."""
+        return output.draft if self.drafter.needs_hidden and sequence.is_plain else None
 
     def _hidden_for(self, sequence: SequenceState, output: RowsOutput) -> Tensor | None:
         """The hidden states, for a drafter that needs them and that the engine has not drafted for."""
@@ -168,7 +187,7 @@ class Runtime:
         committed = []
         for sequence, tree, output in zip(active, trees, outputs, strict=True):
             with self.stats.timed("accept"):
-                choices: Sequence[int] = output.argmax if sequence.processor is None else _Choices(sequence, output)  # type: ignore[assignment]
+                choices: Sequence[int] = output.argmax if sequence.is_plain else _Choices(sequence, output)  # type: ignore[assignment]
                 rows: list[int] = []
                 tokens: list[int] = []
                 finished = False

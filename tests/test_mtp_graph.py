@@ -1,0 +1,579 @@
+# ruff: noqa: E501
+"""A head stitched into the target's graph: what the pass adds, that it drafts what the eager drafter drafts whatever was accepted, and
+that a graph which drafts anything else does not serve.
+
+Accept new golden texts with EXPECTTEST_ACCEPT=1.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from counting import random_head
+from expecttest import assert_expected_inline
+from test_lowering import attention_calls, pool_traffic, pools_in
+from test_passes import refused
+from tiny import VOCAB, tiny_model
+from torch import Tensor, fx
+from torch._inductor.utils import run_and_get_code
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+import specfx
+from specfx.api import engine_of
+from specfx.capture import capture
+from specfx.drafters.mtp import Drafting, MtpDrafter
+from specfx.drafters.mtp_head import MtpHead, save_head
+from specfx.engines import drafting as stitching
+from specfx.engines.base import Engine, Rows, RowsOutput
+from specfx.engines.compiled import CompiledEngine
+from specfx.engines.paged import PagedEngine, graph_engine
+from specfx.errors import KVPoolError, Reason
+from specfx.kernels import cpu_build
+from specfx.kernels.greedy_walk import greedy_walk
+from specfx.kernels.packed_linear import packed_linear
+from specfx.kernels.tree_attention import tree_attention_
+from specfx.passes import mtp_head as mtp_head_pass
+from specfx.passes.framework import PassContext, calls, run_passes
+from specfx.passes.mtp_head import mtp_head
+from specfx.passes.pack_linears import pack_linears
+from specfx.passes.pipeline import DRAFTING, REWRITE
+from specfx.passes.printer import difference
+from specfx.runtime.session import Runtime
+from specfx.runtime.stats import CallStats
+from specfx.runtime.tree import DraftTree, TreeShape
+
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def counting(name: str) -> PreTrainedModel:
+    """A target that mostly writes the token of its last input plus 7: its layers add a little, which often decides otherwise."""
+    model: Any = tiny_model(name)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.06)
+            layer.mlp.down_proj.weight.mul_(0.06)
+        model.lm_head.weight.copy_(torch.nn.functional.normalize(model.model.embed_tokens.weight, dim=-1).roll(7, dims=0))
+    return model
+
+
+def counting_head(model: PreTrainedModel, noise: float = 0.15) -> MtpHead:
+    """A head that has learned as much, not too well."""
+    head, generator = MtpHead.from_target(model), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        weight = head.eh_proj.weight
+        eye = torch.eye(weight.shape[0])
+        weight.copy_(torch.cat([eye, 0 * eye], 1) + noise * torch.randn(weight.shape, generator=generator))
+    return head
+
+
+@functools.cache
+def rewritten(name: str, page_size: int) -> tuple[PreTrainedModel, fx.GraphModule]:
+    model = tiny_model(name)
+    result = run_passes(capture(model), REWRITE, PassContext(page_size))
+    assert result.failed is None
+    return model, result.module
+
+
+@functools.cache
+def stitched(name: str, page_size: int, shape: TreeShape, window: int | None = None, draft_vocab: bool = False) -> tuple[Any, ...]:
+    """(target, head, the graph before, the graph after)."""
+    model, module = rewritten(name, page_size)
+    head = random_head(model)
+    head.window = window
+    if draft_vocab:
+        head.restrict(torch.arange(3, VOCAB, 3))
+    part = stitching.capture_drafting(Drafting(head, shape), page_size)
+    result = run_passes(module, DRAFTING, PassContext(page_size, drafting=part))
+    assert [str(r.refusal) for r in result.records if r.refusal is not None] == []
+    return model, head, module, result.module
+
+
+# --- the pass -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_chain_of_two_steps_is_stitched_behind_llama() -> None:
+    """The target's weights and page table are read again, the head has one more pair of pools, and the walk's moves go into step two."""
+    _, _, before, after = stitched("llama", 16, TreeShape(2, 1, 3))
+    telling = re.compile(
+        r"inputs|pages|next_ids|specfx\.|aten\.(linear\(.*(eh_proj|lm_head)|index_\w+|where|max|cat\(.* 1\))|getitem|return"
+    )
+    lines = [line for line in difference(before, after).splitlines() if telling.search(line)]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+@ inputs
+-  k_pages_0..1: f32[s4, 16, 2, 8]
+-  v_pages_0..1: f32[s4, 16, 2, 8]
++  k_pages_0..2: f32[s4, 16, 2, 8]
++  v_pages_0..2: f32[s4, 16, 2, 8]
+@ inputs
++  next_ids: i64[s0]
+-return (%23, %20, %26)
++  %a0: i64[s5] = aten.index_select(next_ids, 0, logit_rows)
++  %a2: i64[s5] = aten.where(%a1, %26, %a0)
++  %a3: i64[s0] = aten.index_copy(next_ids, 0, logit_rows, %a2)
++  %a4: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 16)
++  %a5: i64[s1] = getitem(%a4, 0)
++  %a6: i32[s1] = getitem(%a4, 1)
++  %a7: i64[2, s0] = getitem(%a4, 2)
++  %a9: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
++  %a29: f32[1, s0, 32] = aten.linear(%a28, mtp_head_eh_proj_weight f32[32, 64])
++  %a80: f32[s0, 4, 8] = specfx.tree_attention_(%a75, %a77, %a79, tree_mask, page_table, lengths, row_starts, %a8, k_pages_2, v_pages_2, 0.353553)
++  %a108: f32[s1, 32] = aten.index_select(%a107, 0, %a5)
++  %a110: f32[s1, 1, 128] = aten.linear(%a109, model.lm_head.weight f32[128, 32])
++  %a112: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a111, -1, True)
++  %a113: f32[s1, 1, 1] = getitem(%a112, 0)
++  %a114: i64[s1, 1, 1] = getitem(%a112, 1)
++  %a131: i64[1, s1] = specfx.tree_positions(%a130, %a6, %a128, %a129)
++  %a151: f32[1, s1, 32] = aten.linear(%a150, mtp_head_eh_proj_weight f32[32, 64])
++  %a202: f32[s1, 4, 8] = specfx.tree_attention_(%a197, %a199, %a201, %a130, page_table, %a6, %a128, %a7, k_pages_2, v_pages_2, 0.353553)
++  %a231: f32[s1, 1, 128] = aten.linear(%a230, model.lm_head.weight f32[128, 32])
++  %a233: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a232, -1, True)
++  %a234: f32[s1, 1, 1] = getitem(%a233, 0)
++  %a235: i64[s1, 1, 1] = getitem(%a233, 1)
++  %a248: i64[s1, 2] = aten.cat([%a118, %a243], 1)
++  %a249: i64[s1, 2] = aten.cat([%a121, %a247], 1)
++  %a250: f32[s1, 2] = aten.cat([%a119, %a244], 1)
++return (%23, %20, %26, %a248, %a249, %a250)""",
+    )
+
+
+def test_weights_that_target_and_head_share_are_read_from_one_place() -> None:
+    _, head, before, after = stitched("llama", 16, TreeShape(2, 1, 3))
+    places, old = ([t.data_ptr() for t in (*m.parameters(), *m.buffers())] for m in (after, before))
+    assert len(places) == len(set(places))
+    assert {p.data_ptr() for p in head.parameters()} | set(old) <= set(places)
+
+
+def test_without_a_head_there_is_nothing_to_stitch() -> None:
+    assert "there is no head to stitch" in refused(mtp_head, rewritten("llama", 16)[1])
+
+
+@functools.cache
+def one_step_of_llama() -> fx.GraphModule:
+    return stitching.capture_drafting(Drafting(random_head(rewritten("llama", 16)[0]), TreeShape(1, 1, 2)), 16)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "reason"), [("epilogue", "the epilogue pass did not run"), ("tree_mask", "the head needs tree_mask, which the graph does")]
+)
+def test_a_graph_that_lacks_what_the_head_needs_is_refused(left_out: str, reason: str) -> None:
+    model = rewritten("llama", 16)[0]
+    part = one_step_of_llama()
+    module = run_passes(capture(model), REWRITE, PassContext(16), [left_out]).module
+    assert reason in refused(mtp_head, module, PassContext(16, drafting=part))
+
+
+def test_weights_that_several_steps_use_are_packed_once(kernels: cpu_build.CpuKernels) -> None:
+    if not kernels.packs:
+        pytest.skip("this CPU has no AMX")
+    model = tiny_model("llama", initializer_range=0.2).bfloat16()
+    part = stitching.capture_drafting(Drafting(MtpHead.from_target(model), TreeShape(2, 2, 6)), 16)
+    result = run_passes(capture(model), (*REWRITE, *DRAFTING, pack_linears), PassContext(16, pack=True, drafting=part))
+    assert result.failed is None
+    linears = calls(result.module, packed_linear)
+    weights = {str(n.args[1].target) for n in linears}  # type: ignore[union-attr]
+    assert len(linears) == 2 * 4 + 1 + 2 * 6  # a step: eh_proj, four of its layer, the LM head
+    assert weights == set(result.module.meta["packed"])
+    assert len(weights) == 2 * 4 + 1 + 5  # the LM head is the target's
+
+
+# --- stitched against eager -----------------------------------------------------------------------------------------------------
+
+
+class Truth:
+    """What the target says behind prompts, from stock `generate`."""
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], count: int) -> None:
+        self.tokens = {i: self.of(model, prompt, count) for i, prompt in enumerate(prompts)}
+
+    @staticmethod
+    def of(model: PreTrainedModel, prompt: Sequence[int], count: int) -> list[int]:
+        stock = functools.partial(type(model).generate, model)
+        return stock(torch.tensor([list(prompt)]), max_new_tokens=count, do_sample=False)[0].tolist()
+
+
+def grafted(tree: DraftTree, right: Sequence[int], rng: random.Random) -> DraftTree:
+    """`tree` with the path of tokens `right`, each behind a wrong sibling (where the tree doesn't have it already)."""
+    nodes = list(zip(tree.tokens, tree.parents, strict=True))
+    at = -1
+    for token in right:
+        place = next((i for i, node in enumerate(nodes) if node == (token, at)), None)
+        if place is None:
+            taken = {t for t, parent in nodes if parent == at} | {token}
+            nodes.append((rng.choice([t for t in range(VOCAB) if t not in taken]), at))
+            place = len(nodes)
+            nodes.append((token, at))
+        at = place
+    return DraftTree(tuple(t for t, _ in nodes), tuple(p for _, p in nodes), (1.0,) * len(nodes))
+
+
+def through_a_later_sibling(tree: DraftTree, rows: Sequence[int]) -> bool:
+    return any(tree.parents[row - 1] in tree.parents[: row - 1] for row in rows if row)
+
+
+def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShape, steps: int = 6) -> list[DraftTree]:
+    """Three ragged sequences step by step: each of the engine's drafts must be the eager drafter's. Returns them.
+
+    Prompts: more rows than a mask has bits in one forward, several chunks, one token. In each step the draft, cut short, is verified with a
+    part of the truth grafted on, so that paths of all lengths with gaps are accepted; some forwards are never committed.
+    """
+    rng = random.Random(0)
+    prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (70, 23, 1)]
+    truth = Truth(model, prompts, 6 * steps).tokens
+    done = {seq: len(prompt) for seq, prompt in enumerate(prompts)}  # tokens known, the pending one not counted
+    reference, drafted, depths, siblings, moved = MtpDrafter(head, shape), [], [], 0, 0
+    latest: dict[int, DraftTree] = {}
+
+    def compare(seq: int, output: RowsOutput) -> None:
+        assert output.draft is not None
+        (expected,) = reference.propose([seq], [63])
+        assert (output.draft.tokens, output.draft.parents) == (expected.tokens, expected.parents)
+        assert output.draft.probs == pytest.approx(expected.probs, abs=1e-4)
+        assert len(output.draft) == shape.nodes
+        latest[seq] = output.draft
+        drafted.append(output.draft)
+
+    for seq, prompt in enumerate(prompts):
+        engine.add(seq, len(prompt) + 6 * steps + 20)
+        reference.add(seq, prompt)
+        size, hidden = 7 if seq == 1 else 100, []
+        for start in range(0, len(prompt), size):
+            rows = Rows(seq, prompt[start : start + size], last_only=True, following=next(iter(prompt[start + size :]), None))
+            (output,) = engine.forward([rows])
+            engine.commit(seq, range(rows.count))
+            assert output.hidden is not None
+            hidden.append(output.hidden.clone())
+        assert output.argmax == truth[seq][len(prompt) : len(prompt) + 1]
+        reference.accept(seq, output.argmax, torch.cat(hidden))
+        compare(seq, output)
+    for step in range(steps):
+        batch = []
+        for seq in rng.sample(range(3), 3):
+            right = truth[seq][done[seq] + 1 :][: rng.randrange(5)]
+            tree = grafted(latest[seq].truncated(rng.randrange(6)), right, rng)
+            batch.append(Rows(seq, truth[seq][done[seq] : done[seq] + 1], tree))
+        if step % 2:  # rolled back
+            engine.forward([Rows(rows.seq, [rng.randrange(VOCAB)], rows.tree) for rows in batch[:2]])
+        for rows, output in zip(batch, engine.forward(batch), strict=True):
+            assert rows.tree is not None
+            assert output.hidden is not None
+            seq, walked = rows.seq, rows.tree.walk(output.argmax)
+            tokens = [output.argmax[row] for row in walked]
+            assert tokens == truth[seq][done[seq] + 1 :][: len(tokens)]
+            engine.commit(seq, walked)
+            done[seq] += len(tokens)
+            reference.accept(seq, tokens, output.hidden[walked])
+            compare(seq, output)
+            depths.append(len(walked) - 1)
+            siblings += through_a_later_sibling(rows.tree, walked) and len(walked) > 2
+            moved += walked != list(range(len(walked)))
+    assert max(depths) >= 3
+    assert depths.count(0) >= 1
+    assert siblings >= 4
+    assert moved >= siblings
+    for seq in range(3):
+        engine.remove(seq)
+    return drafted
+
+
+DRIVES: dict[str, tuple[Any, ...]] = {
+    "llama, trees": ("llama", 4, TreeShape(3, 2, 8)),
+    "llama, a chain in large pages": ("llama", 16, TreeShape(2, 1, 3)),
+    "qwen3, one step": ("qwen3", 16, TreeShape(1, 4, 4)),
+    "qwen3, draft vocabulary": ("qwen3", 16, TreeShape(2, 3, 9), None, True),
+    "gemma2, windows of target and head": ("gemma2", 4, TreeShape(2, 4, 12), 5),
+}
+
+
+@pytest.mark.parametrize("case", DRIVES)
+def test_stitched_drafts_are_the_eager_drafters(case: str, kernels: cpu_build.CpuKernels) -> None:
+    model, head, _, module = stitched(*DRIVES[case])
+    shape = DRIVES[case][2]
+    engine = graph_engine(module, "auto", CPU, shape.rows)
+    drive(engine, model, head, shape)
+    assert engine.pool.pages_in_use == 0
+
+
+@pytest.mark.parametrize("case", ["llama, trees", "qwen3, one step"])
+def test_a_pool_of_just_the_pages_that_are_needed_suffices(case: str, kernels: cpu_build.CpuKernels) -> None:
+    """To the last token: what a sequence reserves has room for the rows that drafting needs."""
+    _, page_size, shape, *_ = DRIVES[case]
+    model, head, _, module = stitched(*DRIVES[case])
+    prompts, count, most = [[5] * 70, [9, 8, 7]], 25, 15
+    need = sum(-(-(len(p) + count + most + 1 + shape.rows) // page_size) for p in prompts)
+    for pages in (need, need - 1):
+        engine = graph_engine(module, pages, CPU, shape.rows)
+        runtime = Runtime(engine, MtpDrafter(head, shape), most, CallStats())
+        generated = {}
+        try:
+            for i, prompt in enumerate(prompts):
+                if pages < need and i == 1:
+                    with pytest.raises(KVPoolError, match=f"holds {pages} pages"):
+                        runtime.add(prompt, count, lambda token: False)
+                else:
+                    first = runtime.add(prompt, count, lambda token: False)
+                    generated[first.seq] = [*prompt, *first.tokens]
+            while runtime.sequences:
+                for committed in runtime.step():
+                    generated[committed.seq] += committed.tokens
+        finally:
+            runtime.close()
+        assert list(generated.values()) == [Truth.of(model, p, count) for p in prompts[: len(generated)]]
+        assert len(generated) == (2 if pages == need else 1)
+        assert engine.pool.pages_in_use == 0
+
+
+# --- generate -------------------------------------------------------------------------------------------------------------------
+
+
+def watch(engine: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[DraftTree, list[int]]]:
+    """(tree, committed rows) of each step from now on."""
+    seen: list[tuple[DraftTree, list[int]]] = []
+    latest: dict[int, Rows] = {}
+    forward, commit = engine.forward, engine.commit
+
+    def watched_forward(batch: Sequence[Rows]) -> list[RowsOutput]:
+        latest.update({rows.seq: rows for rows in batch})
+        return forward(batch)
+
+    def watched_commit(seq: int, rows: Sequence[int]) -> None:
+        commit(seq, rows)
+        tree = latest[seq].tree
+        if tree is not None:
+            seen.append((tree, list(rows)))
+
+    monkeypatch.setattr(engine, "forward", watched_forward)
+    monkeypatch.setattr(engine, "commit", watched_commit)
+    return seen
+
+
+def padded_batch() -> dict[str, Tensor]:
+    """Prompts of 80, 30 and 1 tokens."""
+    ids = torch.randint(1, VOCAB, (3, 80), generator=torch.Generator().manual_seed(3))
+    mask = (torch.arange(80)[None] >= torch.tensor([[0], [50], [79]])).long()
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+class Interrupt(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **more: Any) -> Any:
+        if input_ids.shape[1] > 12:
+            raise KeyboardInterrupt
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "page_size", "shape"), [("llama", 4, (2, 4, 12)), ("qwen3", 16, (3, 2, 8)), ("mistral", 4, (2, 3, 8))], ids=lambda x: str(x)
+)
+def test_generate_is_stocks_while_the_graph_drafts(
+    name: str, page_size: int, shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: cpu_build.CpuKernels
+) -> None:
+    model, batch = counting(name), padded_batch()
+    settings: dict[str, Any] = {"max_new_tokens": 60, "do_sample": False, "pad_token_id": 0}
+    monkeypatch.setattr("specfx.runtime.session.PREFILL_CHUNK", 7)
+    expected = model.generate(**batch, **settings)
+    penalised = model.generate(**batch, **settings, repetition_penalty=1.3)
+    assert not torch.equal(expected, penalised)
+    steps, topk, most = shape
+    file = save_head(counting_head(model), tmp_path)
+    options: dict[str, Any] = {"num_steps": steps, "topk": topk, "num_draft_tokens": most, "page_size": page_size, "engine": "graph"}
+    with specfx.speculating(model, "mtp", head=file, **options):
+        engine = engine_of(model)
+        assert specfx.explain(model).refusals == ()
+        assert engine.drafts
+        with monkeypatch.context() as patch:
+            seen = watch(engine, patch)
+            eager: list[int] = []
+            patch.setattr(MtpDrafter, "_tree", lambda self, state: eager.append(1))
+            assert torch.equal(model.generate(**batch, **settings), expected)
+            assert eager == []  # all drafts came from the graph
+        deep = [(tree, rows) for tree, rows in seen if len(rows) > 2]
+        assert len(deep) >= 5
+        assert any(rows != list(range(len(rows))) for _, rows in deep)
+        assert any(through_a_later_sibling(tree, rows) for tree, rows in deep)
+        assert specfx.stats(model).last.tokens_per_forward > 1.3
+        with monkeypatch.context() as patch:
+            drafts: list[int] = []
+            real = MtpDrafter._tree
+            patch.setattr(MtpDrafter, "_tree", lambda self, state: drafts.append(1) or real(self, state))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a penalised text is not what the head has learned
+                assert torch.equal(model.generate(**batch, **settings, repetition_penalty=1.3), penalised)
+            assert drafts  # those of the graph hang on the unpenalised choice
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(torch.tensor([[3, 1, 4]]), **settings, stopping_criteria=StoppingCriteriaList([Interrupt()]))
+        assert specfx.explain(model).pages_in_use == 0
+        assert torch.equal(model.generate(**batch, **settings), expected)
+        assert specfx.explain(model).pages_in_use == 0
+
+
+@pytest.mark.parametrize(("switched_off", "reason"), [("mtp_head", Reason.SWITCHED_OFF), ("epilogue", Reason.DRAFTING_APART)])
+def test_where_the_head_is_not_stitched_the_drafter_drafts_beside_the_graph(
+    switched_off: str, reason: Reason, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = counting("llama"), padded_batch()
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(**batch, **settings)
+    file = save_head(counting_head(model), tmp_path)
+    with specfx.speculating(model, "mtp", head=file, engine="graph", page_size=16, disable_passes=(switched_off,)):
+        refusals = {r.stage: r for r in specfx.explain(model).refusals}
+        assert refusals["mtp drafting"].reason is reason
+        engine = engine_of(model)
+        assert not engine.drafts
+        assert engine.verifies == "trees"
+        seen = watch(engine, monkeypatch)
+        assert torch.equal(model.generate(**batch, **settings), expected)
+        assert any(through_a_later_sibling(tree, rows) for tree, rows in seen)
+
+
+# --- the gate -------------------------------------------------------------------------------------------------------------------
+
+Sabotage = Callable[[pytest.MonkeyPatch], None]
+
+
+def instead_of_the_walk(change: Callable[..., tuple[Tensor, ...]]) -> Sabotage:
+    """change: ``(leaf, lengths, moves, the op's arguments) -> (leaf, lengths, moves)``."""
+    return lambda patch: patch.setattr(stitching, "greedy_walk", lambda *a: change(*greedy_walk(*a), *a))
+
+
+def instead_of_the_step(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]) -> Sabotage:
+    """change: of a step's ``(tokens, hidden, masks)``."""
+    real = stitching.draft
+    return lambda patch: patch.setattr(
+        stitching, "draft", lambda hidden, step, *more: real(hidden, lambda *rows: step(*change(*rows)), *more)
+    )
+
+
+def instead_of_the_draft(change: Callable[..., tuple[Tensor, ...]]) -> Sabotage:
+    """change: ``(tokens, parents, scores) -> the same``."""
+    real = stitching.draft
+    return lambda patch: patch.setattr(stitching, "draft", lambda *a: change(*real(*a)))
+
+
+def own_bits(masks: Tensor) -> Tensor:
+    return torch.bitwise_left_shift(torch.ones_like(masks), torch.arange(masks.shape[1]))
+
+
+def narrow_window(patch: pytest.MonkeyPatch) -> None:
+    real = stitching._attending
+    patch.setattr(stitching, "_attending", lambda pages, metadata, window: real(pages, metadata, 3))
+
+
+def no_moves_from_the_engine(patch: pytest.MonkeyPatch) -> None:
+    real = stitching._attending
+
+    def attending(pages: Any, metadata: tuple[Tensor, ...], window: int) -> Any:
+        return real(pages, (*metadata[:4], torch.full_like(metadata[4], -1)), window)
+
+    patch.setattr(stitching, "_attending", attending)
+
+
+def permuted_weight(patch: pytest.MonkeyPatch) -> None:
+    real = mtp_head_pass._weight
+
+    def weight(module: fx.GraphModule, head: fx.GraphModule, node: fx.Node, known: Any) -> fx.Node:
+        result = real(module, head, node, known)
+        if "k_proj" in str(node.target):
+            tensor = getattr(module, str(result.target))
+            setattr(module, str(result.target), tensor.roll(1, 0))
+        return result
+
+    patch.setattr(mtp_head_pass, "_weight", weight)
+
+
+def rest_of_the_prompt_forgotten(patch: pytest.MonkeyPatch) -> None:
+    real = PagedEngine.bind
+    patch.setattr(PagedEngine, "bind", lambda self, batch: real(self, [replace(rows, following=None) for rows in batch]))
+
+
+SHAPES: dict[int, dict[str, int]] = {
+    1: {"num_steps": 1, "topk": 3, "num_draft_tokens": 4},
+    2: {"num_steps": 2, "topk": 2, "num_draft_tokens": 5},
+    3: {"num_steps": 3, "topk": 1, "num_draft_tokens": 4},
+}
+SABOTAGES: dict[str, tuple[int, Sabotage | None]] = {
+    "nothing": (3, None),
+    "nothing, one step": (1, None),
+    "a window that the head does not have": (1, narrow_window),
+    "ancestors not seen": (3, instead_of_the_step(lambda tokens, hidden, masks: (tokens, hidden, own_bits(masks)))),
+    "fed with the wrong hidden states": (3, instead_of_the_step(lambda tokens, hidden, masks: (tokens, hidden.roll(1, 1), masks))),
+    "a weight permuted": (1, permuted_weight),
+    "moves dropped": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (leaf, lengths, torch.full_like(moves, -1)))),
+    "moves dropped, one step": (1, no_moves_from_the_engine),
+    "nothing walked": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (a[5][:-1].long(), lengths, moves))),
+    "drafted rows over the walked ones": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (leaf, a[4], moves))),
+    "the rest of the prompt forgotten": (1, rest_of_the_prompt_forgotten),
+    "too confident": (1, instead_of_the_draft(lambda tokens, parents, scores: (tokens, parents, 0.9 * scores))),
+    "never the best token": (1, instead_of_the_draft(lambda tokens, parents, scores: (127 - tokens, parents, scores))),
+}
+
+
+@pytest.fixture(scope="module")
+def served(kernels: cpu_build.CpuKernels) -> Iterator[PreTrainedModel]:
+    """A model whose engines are prepared once, to have heads stitched to them."""
+    model = specfx.speculate(tiny_model("llama"), engine="graph", page_size=16)
+    yield model
+    specfx.restore(model)
+
+
+@pytest.mark.parametrize("case", SABOTAGES)
+def test_a_graph_that_drafts_anything_else_does_not_serve(
+    case: str, served: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused for what it drafts, and tokens are stock's whatever happens."""
+    steps, sabotage = SABOTAGES[case]
+    head = random_head(served, 0.2 + 0.001 * list(SABOTAGES).index(case))  # each case has a head of its own
+    file = save_head(head, tmp_path)
+    if sabotage is not None:
+        sabotage(monkeypatch)
+    specfx.speculate(served, "mtp", head=file, engine="graph", page_size=16, **SHAPES[steps])
+    refusals = specfx.explain(served).refusals
+    assert engine_of(served).drafts is (sabotage is None)
+    if sabotage is None:
+        assert refusals == ()
+    else:
+        (refusal,) = refusals
+        assert refusal.reason is Reason.DRAFTING_APART
+        assert "drafts: log-probabilities differ by" in refusal.detail
+    prompt = torch.tensor([[5, 3, 9, 1]])
+    settings: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    assert served.generate(prompt, **settings)[0].tolist() == Truth.of(served, prompt[0].tolist(), 12)
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_compiled_engine_drafts_the_same_and_copies_no_pool(tmp_path: Path, kernels: cpu_build.CpuKernels) -> None:
+    model, shape = tiny_model("llama", num_hidden_layers=1), TreeShape(2, 1, 3)
+    file = save_head(random_head(model), tmp_path / "head")
+    options: dict[str, Any] = {"num_steps": 2, "topk": 1, "page_size": 16, "engine": "compiled", "compile": "sync"}
+    _, codes = run_and_get_code(lambda: specfx.speculate(model, "mtp", head=file, **options))
+    wrapper: Any = model.generate
+    ladder, drafter = wrapper.ready(), wrapper.drafter
+    assert {r.reason for r in specfx.explain(model).refusals} <= {Reason.WEIGHTS_NOT_PACKED}  # they are float32
+    assert isinstance(ladder.engine, CompiledEngine)
+    assert ladder.engine.drafts
+    (code,) = codes
+    assert len(attention_calls(code)) == 1 + 2 == len(calls(ladder.module, tree_attention_))
+    pools = pools_in(code)
+    assert len(set(pools)) == 2 * 2
+    assert all(pool.startswith("arg") and pool.isidentifier() for pool in pools), pools
+    assert pool_traffic(code, set(pools)) == []
+    ours = drive(ladder.engine, model, drafter.head, shape)
+    theirs = drive(graph_engine(ladder.module, "auto", CPU, shape.rows), model, drafter.head, shape)
+    for a, b in itertools.zip_longest(ours, theirs):
+        assert (a.tokens, a.parents) == (b.tokens, b.parents)
+        assert a.probs == pytest.approx(b.probs, abs=1e-4)
+    prompt = [5, 3, 9, 1]
+    assert model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)[0].tolist() == Truth.of(model, prompt, 30)

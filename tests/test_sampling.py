@@ -1,0 +1,235 @@
+"""Sampling: the noise, its distribution, and that one seed gives one text whatever is drafted and by whichever engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+import specfx
+from specfx.drafters.mtp_head import MtpHead, save_head
+from specfx.errors import LoweringError
+from specfx.kernels import cpu_build
+from specfx.kernels.keyed_sample import keyed_gumbel, keyed_sample, keyed_sample_reference, philox
+
+VOCAB = 128
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> None:
+    try:
+        cpu_build.load()
+    except LoweringError as e:
+        pytest.skip(str(e))
+
+
+def word(value: int) -> torch.Tensor:
+    return torch.tensor([value])
+
+
+def random_keys(rows: int, generator: torch.Generator) -> torch.Tensor:
+    keys = torch.randint(-(2**62), 2**62, (rows, 3), generator=generator)
+    keys[:, 2] %= 2**20
+    return keys
+
+
+def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+    """Of the counts, over its expectation: about 1, and above 3 hardly ever with 10 or more cells."""
+    expected = probs * counts.sum()
+    used = expected > 5
+    return float(((counts - expected)[used] ** 2 / expected[used]).sum() / (used.sum() - 1))
+
+
+@pytest.mark.parametrize(
+    ("filled", "expected"),
+    [(0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)), (0xFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD))],
+)
+def test_philox_gives_the_published_answers(filled: int, expected: tuple[int, ...]) -> None:
+    """kat_vectors of Random123."""
+    assert tuple(int(w) for w in philox((word(filled),) * 4, (word(filled),) * 2)) == expected
+
+
+@pytest.mark.parametrize("vocabulary", [1, 5, 128, 49152])
+def test_the_kernel_draws_what_the_reference_draws(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits, keys = 4 * torch.randn(24, vocabulary, generator=generator), random_keys(24, generator)
+    logits[:12, 1::3] = float("-inf")
+    drawn = keyed_sample(logits, keys)
+    assert torch.equal(drawn, keyed_sample_reference(logits, keys))
+    assert not (drawn[:12] % 3 == 1).any()
+
+
+def test_opcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.library.opcheck(keyed_sample, (torch.randn(3, 10, generator=generator), random_keys(3, generator)))
+
+
+def test_a_row_depends_on_its_own_key_alone() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, keys = torch.randn(8, 50, generator=generator), random_keys(8, generator)
+    alone = torch.cat([keyed_sample(logits[i : i + 1], keys[i : i + 1]) for i in range(8)])
+    assert torch.equal(keyed_sample(logits, keys), alone)
+    noise = keyed_gumbel(keys[:1], 50)
+    for column in range(3):
+        other = keys[:1].clone()
+        other[0, column] += 1
+        assert not torch.isclose(keyed_gumbel(other, 50), noise).any(), column
+    assert torch.equal(keyed_gumbel(keys[:1], 33), noise[:, :33])
+
+
+@pytest.mark.parametrize("varied", [0, 1, 2])
+def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: int) -> None:
+    n, generator = 200_000, torch.Generator().manual_seed(2)
+    logits = 2 * torch.randn(20, generator=generator)
+    keys = torch.tensor([[5, 6, 7]]).repeat(n, 1)
+    keys[:, varied] = torch.arange(n)
+    counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys), minlength=20)
+    assert chi_square(counts, logits.softmax(0)) < 3
+    wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
+    assert chi_square(counts, wrong) > 3  # the measure would see a difference of a tenth
+
+
+# --- generate ------------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(LogitsProcessor):
+    """Bans the token before, and notes what it was shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[tuple[int, ...]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.shown += [tuple(row) for row in input_ids.tolist()]
+        return scores.scatter(1, input_ids[:, -1:], float("-inf"))
+
+
+def prompts(batch: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, 10), generator=torch.Generator().manual_seed(3))
+
+
+def sampled(model: PreTrainedModel, ids: torch.Tensor, seed: int = 0, new: int = 24, **options: Any) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return model.generate(ids, max_new_tokens=new, do_sample=True, **options)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama", initializer_range=0.2)
+
+
+SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": lambda: {"top_k": 0},
+    "cold": lambda: {"temperature": 0.3},
+    "hot": lambda: {"temperature": 1.7, "top_k": 0},
+    "top k, top p": lambda: {"top_k": 12, "top_p": 0.8},
+    "min p, typical": lambda: {"min_p": 0.05, "typical_p": 0.9},
+    "penalties": lambda: {"repetition_penalty": 1.4, "no_repeat_ngram_size": 2},
+    "words": lambda: {"bad_words_ids": [[3], [4, 5]], "suppress_tokens": [7, 8], "min_new_tokens": 4},
+    "constrained": lambda: {"prefix_allowed_tokens_fn": lambda batch, ids: [int(ids[-1] + d) % VOCAB for d in (1, 2, 3, 5)]},
+    "custom": lambda: {"logits_processor": LogitsProcessorList([Recorder()])},
+}
+
+
+@dataclass
+class Outcome:
+    """Of one way to generate. texts: of each setting, with two seeds; batches: of sequences a, b, c, then a, d, c, then a alone."""
+
+    texts: dict[str, list[tuple[int, ...]]]
+    accepted: dict[str, int]
+    batches: list[torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def outcomes(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """Every draft method with two engines; each engine is prepared once."""
+    head, ids, result = save_head(MtpHead.from_target(model), tmp_path_factory.mktemp("head")), prompts(4), {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*began with the right token")
+        for engine in ("graph", "eager"):
+            for method, options in ((None, {}), ("suffix", {"min_token_prob": 0.01}), ("mtp", {"head": head})):
+                outcome = result[f"{method}, {engine}"] = Outcome({}, {}, [])
+                with specfx.speculating(model, method, engine=engine, compile="off", **options):
+                    for name, settings in SETTINGS.items():
+                        outcome.texts[name] = [tuple(sampled(model, ids[:1], seed, **settings())[0].tolist()) for seed in (0, 1)]
+                        outcome.accepted[name] = sum(specfx.stats(model).last.accepted)
+                    outcome.batches += [sampled(model, ids[rows]) for rows in ([0, 1, 2], [0, 3, 2], [0])]
+                    assert not specfx.explain(model).stock_calls
+    return result
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_one_seed_gives_one_text_with_every_method_and_engine(name: str, outcomes: dict[str, Outcome]) -> None:
+    texts = {way: outcome.texts[name] for way, outcome in outcomes.items()}
+    assert len(set(map(tuple, texts.values()))) == 1, texts
+    first, second = next(iter(texts.values()))
+    assert first != second
+
+
+def test_drafts_take_part(outcomes: dict[str, Outcome]) -> None:
+    assert max(outcomes["suffix, graph"].accepted.values()) > 0
+
+
+def test_neighbours_in_a_batch_change_nothing(outcomes: dict[str, Outcome]) -> None:
+    for way, outcome in outcomes.items():
+        first, second, alone = outcome.batches
+        assert torch.equal(first[0], alone[0]), way
+        assert torch.equal(first[[0, 2]], second[[0, 2]]), way
+        assert not torch.equal(first[1], second[1])
+
+
+def test_padding_and_returned_sequences(model: PreTrainedModel) -> None:
+    """Positions are counted without padding; each returned sequence has a noise of its own."""
+    ids = prompts()
+    padded, mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1), torch.tensor([[0] * 3 + [1] * 10])
+    with specfx.speculating(model, "suffix", engine="graph", compile="off"):
+        alone = sampled(model, ids)
+        assert torch.equal(sampled(model, padded, attention_mask=mask)[0, 3:], alone[0])
+        several = sampled(model, ids, num_return_sequences=3)
+        assert torch.equal(several[0], alone[0])
+        assert len({tuple(row) for row in several.tolist()}) == 3
+        torch.manual_seed(0)
+        assert not torch.equal(
+            model.generate(ids, max_new_tokens=24, do_sample=True), model.generate(ids, max_new_tokens=24, do_sample=True)
+        )
+
+
+def test_processors_see_each_prefix_once_and_in_order(model: PreTrainedModel) -> None:
+    for method in (None, "suffix"):
+        recorder = Recorder()
+        with specfx.speculating(model, method, engine="graph", compile="off"):
+            text = sampled(model, prompts(), logits_processor=LogitsProcessorList([recorder]))[0].tolist()
+        assert recorder.shown == [tuple(text[:n]) for n in range(10, len(text))]
+
+
+@pytest.mark.parametrize(("method", "settings"), [(None, {"top_k": 0}), ("suffix", {"temperature": 1.5, "top_p": 0.9, "top_k": 0})])
+def test_texts_have_the_distribution_of_the_model(method: str | None, settings: dict[str, Any]) -> None:
+    """Pairs of tokens, against the exact distribution (the stock model's, through the same processors)."""
+    model, n = tiny_model("llama", vocab_size=8, initializer_range=0.2), 1500
+    ids = torch.tensor([[1, 2, 3, 1, 2]])
+    with torch.no_grad():
+        second = torch.stack([shares(model, torch.cat([ids, torch.tensor([[t]])], 1), settings) for t in range(8)])
+        exact = (shares(model, ids, settings)[:, None] * second).flatten()
+    with specfx.speculating(model, method, engine="graph", compile="off"):
+        counts = Counter[tuple[int, ...]]()
+        torch.manual_seed(11)
+        for _ in range(3):
+            out = model.generate(ids, max_new_tokens=2, do_sample=True, num_return_sequences=n // 3, **settings)
+            counts.update(tuple(row) for row in out[:, 5:].tolist())
+    table = torch.tensor([counts[divmod(cell, 8)] for cell in range(64)])
+    assert not table[exact == 0].any()
+    assert chi_square(table, exact) < 1.8
+    assert chi_square(table, exact.roll(1)) > 1.8
+
+
+def shares(model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """The distribution of the next token, ``[V]``."""
+    config = model._prepare_generation_config(None, do_sample=True, **settings)[0]
+    logits = model(ids).logits[:, -1].float()
+    return model._get_logits_processor(config, input_ids_seq_length=ids.shape[1])(ids, logits).softmax(-1)[0]
