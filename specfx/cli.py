@@ -139,6 +139,9 @@ def _add_train_mtp(command: argparse.ArgumentParser) -> None:
         "--data", required=True, metavar="FILE.jsonl", help="texts as token ids; with --prompts, the answers are added here"
     )
     command.add_argument("--prompts", metavar="FILE.jsonl", help="the model answers these first, all that --data has no answer to")
+    command.add_argument(
+        "--exclude", metavar="FILE.jsonl", help="prompts to evaluate on: no text whose prompt shares 50 characters with one is trained on"
+    )
     command.add_argument("--max-new-tokens", type=_positive, default=320, help="of an answer (default: %(default)s)")
     command.add_argument("--max-prompt-tokens", type=_positive, default=1024, help="longer prompts are left out (default: %(default)s)")
     command.add_argument("--out", required=True, metavar="DIR", help="gets the head, the draft vocabulary, training.json and training.png")

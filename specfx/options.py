@@ -107,6 +107,7 @@ class MtpOptions:
     its number of layers). topk: how many tokens are followed at each step; 1 drafts a chain. num_draft_tokens: most tokens of a tree,
     the pending one included. None for either: what pays on the device at hand, within `num_speculative_tokens`. draft_vocab: a file of
     tokens to draft, as `specfx train mtp` writes it; "auto" takes the one beside the head, if there is one; None drafts all tokens.
+    min_token_prob: a node is verified only if the head finds its path at least this probable.
     """
 
     head: str | Path | None = None
@@ -114,6 +115,7 @@ class MtpOptions:
     topk: int | None = None
     num_draft_tokens: int | None = None
     draft_vocab: str | Path | None = "auto"
+    min_token_prob: float = 0.02
 
     def __post_init__(self) -> None:
         steps, topk, most = self.num_steps, self.topk, self.num_draft_tokens
@@ -121,6 +123,7 @@ class MtpOptions:
         _check(topk is None or (type(topk) is int and 1 <= topk <= MAX_ROWS), "topk", topk, f"must be an int in 1..{MAX_ROWS}, or None")
         if topk is not None:
             _check(steps * topk <= MAX_ROWS, "topk", topk, f"num_steps * topk must not exceed {MAX_ROWS}")
+        _check(0 <= self.min_token_prob < 1, "min_token_prob", self.min_token_prob, "must be in [0, 1)")
         ok = most is None or (type(most) is int and 2 <= most <= MAX_ROWS)
         _check(ok, "num_draft_tokens", most, f"must be an int in 2..{MAX_ROWS}, or None")
 

@@ -88,6 +88,16 @@ def test_truncation_keeps_the_first_nodes(tree: DraftTree, n: int) -> None:
     assert short.depths() == tree.depths()[: len(short) + 1]
 
 
+@given(tree=trees(), least=st.floats(0, 1))
+def test_pruning_keeps_exactly_the_paths_that_are_probable_enough(tree: DraftTree, least: float) -> None:
+    def paths(t: DraftTree) -> dict[tuple[int, ...], float]:
+        return {tuple(t.tokens[row - 1] for row in path_of(t, i + 1)[1:]): p for i, p in enumerate(t.probs)}
+
+    pruned = tree.pruned(least)
+    assert paths(pruned) == {path: p for path, p in paths(tree).items() if p >= least}
+    assert pruned == DraftTree(pruned.tokens, pruned.parents, pruned.probs)  # keeps the rules
+
+
 def test_truncation_beyond_the_end_is_the_tree_itself() -> None:
     assert BRANCHING.truncated(5) is BRANCHING
     assert BRANCHING.truncated(63) is BRANCHING

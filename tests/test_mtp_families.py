@@ -378,7 +378,7 @@ def test_a_hub_id_is_looked_for_in_the_cache(revision: str | None, make: Callabl
 def test_drafts_equal_a_recomputation_without_kv(name: str, make: Callable[..., Made]) -> None:
     """Layer k over all rows, recomputed at every draft; commits of several sizes, more steps than layers."""
     target = make(name).target
-    drafter = load_drafter(MtpOptions(num_steps=4, topk=1), 63, target)
+    drafter = load_drafter(MtpOptions(num_steps=4, topk=1, min_token_prob=0), 63, target)
     head, generator = drafter.head, torch.Generator().manual_seed(3)
     known = torch.randint(VOCAB, (11,), generator=generator).tolist()
     drafter.add(0, known)
@@ -411,7 +411,7 @@ def recomputed(head: MtpHead, known: list[int], hidden: torch.Tensor, steps: int
 def test_greedy_equals_stock(name: str, make: Callable[..., Made]) -> None:
     """Chains and trees, one sequence and three; heads of one layer are a part of the graph."""
     target = make(name).target
-    for shape in ({"topk": 1}, {"topk": 3, "num_draft_tokens": 8}):
+    for shape in ({"topk": 1}, {"topk": 3, "num_draft_tokens": 8, "min_token_prob": 0}):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*began with the right token")  # random heads
             specfx.speculate(target, "mtp", engine="graph", compile="off", **shape)
@@ -433,7 +433,7 @@ def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: 
 
     made = make(name)
     target, n = made.target, made.case.layers
-    drafter = load_drafter(MtpOptions(num_steps=n, topk=1), 63, target)
+    drafter = load_drafter(MtpOptions(num_steps=n, topk=1, min_token_prob=0), 63, target)
     head = drafter.head
     if "output" in made.case.parts:  # transformers runs Step's layers with the target's head, on normed hidden states
         for step in head.chain:

@@ -421,7 +421,7 @@ def test_a_draft_vocabulary_is_taken_from_beside_the_head_or_from_where_it_is_sa
             hidden = torch.randn(1, 3, 32)
             torch.testing.assert_close(loaded.draft_logits(hidden), loaded.logits(hidden)[..., loaded.draft_ids])
             assert not any("draft" in name for name in loaded.state_dict())
-    drafts = {name: load_drafter(MtpOptions(head=file, topk=2, draft_vocab=name), 15, target) for name in ("auto", None)}
+    drafts = {name: load_drafter(MtpOptions(head=file, topk=2, min_token_prob=0, draft_vocab=name), 15, target) for name in ("auto", None)}
     for drafter in drafts.values():
         drafter.add(0, [1, 2])
         drafter.accept(0, [3], true_hidden(target, [1, 2]))
@@ -452,7 +452,7 @@ def test_a_wrong_draft_vocabulary_is_refused(case: str, target: Any, tmp_path: A
 def test_a_draft_vocabulary_smaller_than_topk_bounds_it(target: Any, tmp_path: Any) -> None:
     save_head(MtpHead.from_target(target), tmp_path)
     save_draft_vocab(torch.tensor([5, 6]), tmp_path)
-    drafter = load_drafter(MtpOptions(head=tmp_path), 15, target)
+    drafter = load_drafter(MtpOptions(head=tmp_path, min_token_prob=0), 15, target)
     assert drafter.shape.topk == 2
     drafter.add(0, [1, 2])
     drafter.accept(0, [3], torch.randn(2, drafter.head.hidden_size))

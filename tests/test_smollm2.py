@@ -81,9 +81,9 @@ def test_a_head_with_shuffled_weights_is_noticed_within_one_generation(smollm2, 
     weights, generator = load_file(HEAD / "model.safetensors"), torch.Generator().manual_seed(0)
     shuffled = {name: w.flatten()[torch.randperm(w.numel(), generator=generator)].view(w.shape) for name, w in weights.items()}
     save_file(shuffled, tmp_path / "model.safetensors")
-    with specfx.speculating(model, "mtp", head=tmp_path, engine="graph", compile="off", topk=1):
+    with specfx.speculating(model, "mtp", head=tmp_path, engine="graph", compile="off", topk=1, min_token_prob=0):
         with pytest.warns(UserWarning, match="drafting stops.*another model.*mixed up"):
             tokens = generate(model, tokenizer, PROMPTS[1:], 96)
         stats = specfx.stats(model).last
-    assert stats.forwards - 60 < stats.proposed[0] <= 60
+    assert 64 <= stats.proposed[0] <= 68 < stats.forwards
     assert torch.equal(tokens, generate(model, tokenizer, PROMPTS[1:], 96))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -17,6 +18,10 @@ from specfx.errors import OptionError
 from specfx.runtime.session import Runtime
 from specfx.train import data, evaluate, lookup, vocabulary
 from specfx.train.data import Text
+
+QUESTION = (
+    "Mary buys 3 bags of M&Ms. The first bag has 300 M&Ms in it. The second bag has 12 more. The third bag has half as many. How many?"
+)
 
 # --- data -------------------------------------------------------------------------------------------------------------------------
 
@@ -44,6 +49,21 @@ def test_broken_data_is_refused_with_its_line(line: str, tmp_path: Path) -> None
     path.write_text(path.read_text() + line + "\n" + path.read_text())
     with pytest.raises(OptionError, match="line 3"):
         data.read_texts(path)
+
+
+@pytest.mark.parametrize(
+    "record", [{"turns": ["x", QUESTION]}, {"messages": [{"role": "user", "content": QUESTION}]}, {"prompt": QUESTION}]
+)
+def test_prompts_to_evaluate_on_are_recognised_in_any_template(record: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.jsonl"
+    file.write_text(json.dumps(record) + "\n" + json.dumps({"question": "Why?"}))
+    runs = data.runs_of(file)
+    assert data.shares_a_run(f"<|user|>\n{QUESTION.upper()}<|end|>", runs)
+    assert data.shares_a_run("Well: " + QUESTION.replace(" ", "\n  ")[10:] + " Explain.", runs)
+    assert not data.shares_a_run(QUESTION[:45] + " and something else altogether, which nobody has asked before", runs)
+    file.write_text(json.dumps({"answer": QUESTION}))
+    with pytest.raises(OptionError, match="line 1: no 'prompt'"):
+        data.runs_of(file)
 
 
 def test_texts_are_cut_and_those_of_another_vocabulary_refused() -> None:

@@ -51,7 +51,7 @@ def test_evaluation_counts_what_the_drafter_drafts(tmp_path: Path) -> None:
     projection = lookup.Projection(head, model.get_input_embeddings())
     looked.fill(model, 256, projection)
     projection.fit()
-    drafter = load_drafter(MtpOptions(head=str(save_head(head, tmp_path)), num_steps=3, topk=1), 8, model)
+    drafter = load_drafter(MtpOptions(head=str(save_head(head, tmp_path)), num_steps=3, topk=1, min_token_prob=0), 8, model)
     reached, forwards, tokens = [0] * 4, 0, 0
     for number, text in enumerate(texts):
         ids = list(text.prompt + text.output)

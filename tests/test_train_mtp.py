@@ -35,6 +35,25 @@ def command(tmp_path: Path, *extra: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("target")
+def test_texts_that_answer_prompts_of_the_evaluation_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    class Words:
+        def decode(self, ids: Any) -> str:
+            return " ".join(f"number{i}" for i in ids)
+
+    texts, jobs = counting_texts(120), list[mtp.Job]()
+    texts = [data.Text(tuple(range(5 * i, 5 * i + 8)), text.output, text.category) for i, text in enumerate(texts)]
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: Words())
+    monkeypatch.setattr(mtp, "train_head", jobs.append)
+    write(tmp_path / "data.jsonl", texts)
+    (tmp_path / "evaluation.jsonl").write_text(json.dumps({"prompt": "Count: " + Words().decode(texts[3].prompt)}))
+    monkeypatch.setattr(data, "usable", lambda texts, longest, vocabulary: texts)
+    assert cli.main(command(tmp_path, "--exclude", str(tmp_path / "evaluation.jsonl"))) == 0
+    (job,) = jobs
+    assert {*job.texts, *job.held_out} == {*texts} - {texts[3]}
+    assert "1 of 120 texts answer prompts of" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("target")
 def test_the_command_leaves_a_head_its_record_and_a_picture(
     target: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

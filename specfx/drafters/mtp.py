@@ -32,9 +32,9 @@ from specfx.errors import Reason, Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
-_JUDGED = 48
-_TOO_FEW = 3
-"""With fewer right first tokens in the last `_JUDGED` drafts than this, drafting stops: constant drafts are right that often."""
+_JUDGED = 64
+_TOO_FEW = 2
+"""With fewer right first tokens in the last `_JUDGED` drafts than this, drafting stops: no head of this model is wrong that often."""
 _AGAIN = (4, 16)
 """It begins again with so many right among the last so many."""
 _PROBE = 16
@@ -97,7 +97,8 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     layers, shape = len(head.chain), options.shape(max_nodes, len(head.chain) > 1)
     if head.draft_ids is not None:
         shape = replace(shape, topk=min(shape.topk, len(head.draft_ids)))
-    drafter = MtpDrafter(head, shape, f"{options.head}" if options.head else "in the target's checkpoint")
+    origin = f"{options.head}" if options.head else "in the target's checkpoint"
+    drafter = MtpDrafter(head, shape, origin, options.min_token_prob)
     if layers > 1 and (options.topk or 1) > 1:
         detail = f"a head of {layers} layers drafts chains: topk={options.topk} is taken as 1"
         drafter.refusals.append(Refusal("mtp trees", Reason.DRAFTS_CHAINS, detail, "topk=1"))
@@ -105,7 +106,8 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
 
 
 class MtpDrafter:
-    """Drafts trees of `shape` with `head` (`specfx.drafters.mtp_head`), which messages call `origin`.
+    """Drafts trees of `shape` with `head` (`specfx.drafters.mtp_head`), which messages call `origin`; nodes whose path is less probable
+    than `floor` are not handed on.
 
     Where almost none of its drafts are right, which is how a head of another model shows, it warns once and stops drafting, but for a
     probe now and then.
@@ -114,8 +116,8 @@ class MtpDrafter:
     name = "mtp"
     needs_hidden = True
 
-    def __init__(self, head: MtpHead, shape: TreeShape, origin: str = "given") -> None:
-        self.head, self.shape, self._origin = head, shape, origin
+    def __init__(self, head: MtpHead, shape: TreeShape, origin: str = "given", floor: float = 0.0) -> None:
+        self.head, self.shape, self._origin, self._floor = head, shape, origin, floor
         self.refusals: list[Refusal] = []
         self.drafting = Drafting(head, shape) if len(head.chain) == 1 else None
         if self.drafting is None:
@@ -172,12 +174,12 @@ class MtpDrafter:
 
     def _draft(self, state: _Sequence, budget: int) -> DraftTree:
         if state.ready is not None:
-            return state.ready.truncated(budget)
+            return state.ready.pruned(self._floor).truncated(budget)
         if budget < 1 or not state.started:
             return EMPTY_TREE
         tree = self._tree(state) if len(self.head.chain) == 1 else self._chain(state, min(self.shape.num_steps, self.shape.nodes))
         state.drafted = tree.tokens[0]
-        return tree.truncated(budget)
+        return tree.pruned(self._floor).truncated(budget)
 
     def _tree(self, state: _Sequence) -> DraftTree:
         """The one layer of the head, used for every step."""

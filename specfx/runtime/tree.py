@@ -80,6 +80,15 @@ class DraftTree:
         """The first `n` nodes (a tree again, since parents come first)."""
         return self if n >= len(self) else DraftTree(self.tokens[:n], self.parents[:n], self.probs[:n])
 
+    def pruned(self, probability: float) -> DraftTree:
+        """The nodes that are at least so probable (a tree again, since no node is more probable than its parent)."""
+        kept = [i for i, p in enumerate(self.probs) if p >= probability]
+        if len(kept) == len(self):
+            return self
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        tokens, probs = tuple(self.tokens[i] for i in kept), tuple(self.probs[i] for i in kept)
+        return DraftTree.unchecked(tokens, tuple(place[self.parents[i]] for i in kept), probs)
+
     def ancestor_masks(self) -> list[int]:
         """``[n + 1]`` bit masks over rows, as non-negative Python ints below ``2**(n + 1)``; row 0 is the pending token."""
         masks = [1]

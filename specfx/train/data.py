@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specfx.bench.prompts import UNCATEGORISED, Prompt, read_records
+from specfx.bench.prompts import UNCATEGORISED, Prompt, chat_of, read_records
 from specfx.errors import KVPoolError, OptionError, UnsupportedModelError
 
 LIVE = 24
 """Sequences that are answered together: enough rows for one reading of the weights to serve many, and few enough for their KV."""
+SHARED_RUN = 50
+"""Characters that an excluded prompt and a text must have in common."""
 HELD_OUT = 20
 """One prompt in so many is never trained on."""
 
@@ -73,6 +76,32 @@ def usable(texts: Iterable[Text], longest: int, vocabulary: int) -> list[Text]:
         if text.prompt and len(output) >= 2:
             kept.append(Text(text.prompt, output, text.category))
     return kept
+
+
+def runs_of(path: str | Path) -> frozenset[str]:
+    """All runs of `SHARED_RUN` characters in the prompts (every turn, every message) of a JSON Lines file, to be kept out of training.
+
+    Only letters and digits count, in lower case, so that another template or layout hides nothing. Raises `OptionError`.
+    """
+    runs: set[str] = set()
+    for _, where, record in read_records("exclude", path):
+        turns, chat = record.get("turns"), chat_of(record) or []
+        texts = [*(turns if isinstance(turns, list) else []), *(message["content"] for message in chat)]
+        texts += [text for key in ("prompt", "question", "text") if isinstance(text := record.get(key), str)]
+        if not texts:
+            raise OptionError(f"{where}: no 'prompt', 'text', 'messages', 'turns' or 'question' among {', '.join(sorted(record))}")
+        runs.update(run for text in texts for run in _runs(str(text)))
+    return frozenset(runs)
+
+
+def shares_a_run(text: str, runs: frozenset[str]) -> bool:
+    """Whether `text` has one of `runs`: the same question, then, or a part of it."""
+    return not runs.isdisjoint(_runs(text))
+
+
+def _runs(text: str) -> Iterator[str]:
+    plain = re.sub(r"\W+", " ", text.lower()).strip()
+    return (plain[i : i + SHARED_RUN] for i in range(max(1, len(plain) - SHARED_RUN + 1)))
 
 
 def write_answers(model: Any, prompts: Sequence[Prompt], path: str | Path, max_new_tokens: int, live: int = LIVE) -> int:

@@ -43,6 +43,7 @@ def run(
     model: str,
     data: str,
     prompts: str | None,
+    exclude: str | None,
     out: str,
     steps: int,
     epochs: float | None,
@@ -64,10 +65,11 @@ def run(
     from specfx import models
     from specfx.bench.prompts import read_prompts
     from specfx.bench.report import set_threads
-    from specfx.train.data import read_texts, split, usable, write_answers
+    from specfx.train.data import read_texts, runs_of, shares_a_run, split, usable, write_answers
     from specfx.train.loop import Recipe
 
     folder = _prepare(Path(out), resume)
+    runs = runs_of(exclude) if exclude is not None else frozenset[str]()
     if prompts is None:
         read_texts(data)  # a broken file is told of before the model is loaded
     place = _device(device)
@@ -78,14 +80,20 @@ def run(
     if not plot.available():
         print("no plot will be made: matplotlib is not installed (pip install 'specfx[train]')", file=sys.stderr, flush=True)
     set_threads(threads)
-    questions = read_prompts(prompts, models.load_tokenizer(model), max_prompt_tokens=max_prompt_tokens) if prompts is not None else []
+    tokenizer: Any = models.load_tokenizer(model) if prompts is not None or runs else None
+    questions = read_prompts(prompts, tokenizer, max_prompt_tokens=max_prompt_tokens) if prompts is not None else []
+    questions = [q for q in questions if not runs or not shares_a_run(tokenizer.decode(q.tokens), runs)]
     target = models.load(model, getattr(torch, dtype))[0].to(place).requires_grad_(False)
     head = new_head(target)
     if questions:
         written = write_answers(target, questions, data, max_new_tokens)
         print(f"{written} new answer tokens in {data}", flush=True)
     longest = min(recipe.batch_tokens, getattr(target.config, "max_position_embeddings", None) or recipe.batch_tokens)
-    texts, held_out = split(usable(read_texts(data), longest, target.get_input_embeddings().num_embeddings))
+    all_texts = read_texts(data)
+    kept = [text for text in all_texts if not runs or not shares_a_run(tokenizer.decode(text.prompt), runs)]
+    if runs:
+        print(f"{len(all_texts) - len(kept)} of {len(all_texts)} texts answer prompts of {exclude} and are left out", flush=True)
+    texts, held_out = split(usable(kept, longest, target.get_input_embeddings().num_embeddings))
     for name, side in (("to train on", texts), ("to hold out", held_out)):
         if not side:
             raise OptionError(f"data={data!r}: of its texts none is left {name}; give some 100 prompts or more")

@@ -1,0 +1,476 @@
+"""`specfx::tree_attention_` in Triton. The specification is `specfx.kernels.tree_attention`; the op is two or three launches:
+
+1. `_move` (only if there are moves): last step's accepted nodes go to their places. It can't share a launch with what follows, whose
+   programs read the moved slots in no order. A program has one head of K or V; it loads a block of moved rows, waits, and stores them,
+   which is the same as one by one, in order, unless a move of the block reads or overwrites what an earlier one wrote: then it does go
+   one by one. (An accepted path never makes it: its sources ascend and lie behind their targets.)
+2. `_attend`: flash-decoding (Dao et al., 2023). Programs are (block of queries, KV head, part of the prefix). The queries of a block
+   are rows of one sequence times the query heads that share the KV head, packed in the M dimension of the products, since the rows of
+   a tree alone would not fill them. The parts of the prefix are read from the pages (paged KV: vLLM, Kwon et al., 2023); the last part
+   also has the new rows, which it reads from the op's inputs under the tree mask, a word of 64 ancestor bits for each row (SpecInfer,
+   Miao et al., 2023), or as a causal run. Further programs of the same launch append the new rows to the pages: they write slots at
+   positions >= length, the others read slots at positions < length.
+3. `_merge` (only if the prefix is split): the parts' outputs, float32, are summed with weights from their log-sum-exps.
+
+A batch is ragged and its bounds are on the device. The grid depends on what the host knows (numbers of rows, sequences and heads, and
+the `Config`), so that the launches can be captured in a CUDA graph: a program finds its sequence by scanning `row_starts`, programs
+that turn out to have no work exit at once.
+
+Hazards. Pages hold anything, also NaN, where no committed token is: loads are masked by position with 0 in place of what is masked,
+in V too, for a weight of 0 times NaN is NaN. Sums are float32; products of float32 are IEEE, not TF32. Offsets into pools and rows are
+64-bit. A part that has no keys leaves only a log-sum-exp of -inf, and its scratch is not read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specfx.errors import LoweringError
+from specfx.kernels.tree_attention import tree_attention_
+from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, require, tl
+
+# --- configurations -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """How `_attend` is cut. BLOCK_M: queries (rows times heads of a group) of a program, at least 16; BLOCK_N: keys at a time, at least
+    16; both powers of two. SPLITS: parts of the prefix, each a program. num_warps, num_stages: Triton's."""
+
+    BLOCK_M: int = 64
+    BLOCK_N: int = 64
+    SPLITS: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def shared_memory(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        """An upper bound of the bytes of shared memory that a program takes."""
+        dk, dv = power_of_two(key_dim, 16), power_of_two(value_dim, 16)
+        queries, weights, keys = self.BLOCK_M * dk, self.BLOCK_M * self.BLOCK_N, self.BLOCK_N * (dk + dv)
+        return dtype.itemsize * (queries + weights + max(1, self.num_stages) * keys) + 8 * self.BLOCK_N * self.num_stages + 1024
+
+
+CONFIGS = tuple(
+    Config(m, n, 1, warps, stages)
+    for m, n, warps, stages in [
+        (16, 32, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2), (32, 32, 4, 3), (32, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
+        (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (16, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (64, 16, 8, 2),
+    ]
+)  # fmt: skip
+"""What an autotuner may try, with SPLITS of its own; see `candidates`."""
+
+MOVES = 32
+"""Moved rows that a program of `_move` holds at a time."""
+
+
+def candidates(key_dim: int, value_dim: int, dtype: torch.dtype, shared_memory: int) -> list[Config]:
+    """Those of `CONFIGS` that fit into `shared_memory` bytes (a GPU's `shared_memory_per_block_optin`). float32, whose IEEE products
+    don't run on tensor cores, takes the small ones: the others are slow to compile and spill."""
+    most = 32 * 32 if dtype == torch.float32 else 128 * 128
+    return [c for c in CONFIGS if most >= c.BLOCK_M * c.BLOCK_N and c.shared_memory(key_dim, value_dim, dtype) <= shared_memory]
+
+
+def default_config(
+    head_dim: int,
+    dtype: torch.dtype,
+    rows: int,
+    sequences: int,
+    page_size: int,
+    *,
+    groups: int = 1,
+    share: int = 1,
+    pages: int = 0,
+    capability: int = 80,
+    processors: int = 132,
+) -> Config:
+    """A configuration by rule of thumb, from what the host knows: blocks whose registers don't spill, otherwise not measured on a GPU.
+
+    head_dim: the larger of keys' and values'. rows: of all sequences. groups: KV heads; share: query heads of each. pages: width of the
+    page table, which bounds the prefix. capability: 80 for sm_80. The prefix is split to occupy all `processors` with one program each,
+    as long as a part may have four blocks of keys.
+    """
+    width = power_of_two(head_dim, 16)
+    queries = -(-rows // max(sequences, 1)) * share
+    if dtype == torch.float32:
+        block_m = min(power_of_two(queries, 16), 32 if width <= 64 else 16)
+        block_n = 32 if width <= 64 else 16
+        num_warps, num_stages = 8, 1
+    else:
+        block_m = min(power_of_two(queries, 16), 128 if width <= 128 else 64)
+        roomy = capability >= 90 or block_m <= 32  # from sm_90 on, products take their operands from shared memory
+        block_n = 64 if width <= 64 else (64 if roomy else 32) if width <= 128 else (32 if roomy else 16)
+        if block_m > 32 and page_size % block_n:  # keys of several pages: each has an address of its own
+            block_n = max(block_n // 2, 16)
+        num_warps, num_stages = 8 if block_m == 128 or block_m * width >= 64 * 256 else 4, 2
+    programs = groups * sequences * -(-queries // block_m)
+    splits = min(processors // max(programs, 1), pages * page_size // (4 * block_n), 16)
+    return Config(block_m, block_n, 1 << max(splits, 1).bit_length() - 1, num_warps, num_stages)
+
+
+# --- kernels --------------------------------------------------------------------------------------------------------------------
+
+
+@jit
+def _move(
+    moves,
+    k_pages,
+    v_pages,
+    count,
+    move_s,
+    move_m,
+    GROUPS: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Grid (KV heads, 2). moves: ``[2, count]`` with strides (move_s, move_m); the pools as ``[slots, GROUPS, D]``."""
+    if tl.program_id(1) == 0:
+        _move_head(moves, k_pages + tl.program_id(0) * DK, count, move_s, move_m, GROUPS * DK, DK, BLOCK, BLOCK_DK)
+    else:
+        _move_head(moves, v_pages + tl.program_id(0) * DV, count, move_s, move_m, GROUPS * DV, DV, BLOCK, BLOCK_DV)
+
+
+@jit
+def _move_head(moves, slots, count, move_s, move_m, SLOT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    lane, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    for first in range(0, count, BLOCK):
+        m = first + lane
+        source = tl.load(moves + m * move_m, mask=m < count, other=-1)
+        target = tl.load(moves + move_s + m * move_m, mask=m < count, other=-1)
+        written = target[None, :]  # does an earlier move of this block write what a later one reads or writes?
+        earlier = (lane[None, :] < lane[:, None]) & (written >= 0)
+        depends = tl.sum((earlier & ((source[:, None] == written) | (target[:, None] == written))).to(tl.int32))
+        if depends == 0:
+            mask = (source >= 0)[:, None] & (d < D)[None, :]
+            rows = tl.load(slots + source[:, None] * SLOT + d[None, :], mask=mask)
+            tl.debug_barrier()  # all of the block is read before any of it is written
+            tl.store(slots + target[:, None] * SLOT + d[None, :], rows, mask=mask)
+            tl.debug_barrier()  # and written before the next one is read
+        else:
+            for i in range(first, tl.minimum(first + BLOCK, count)):
+                origin = tl.load(moves + i * move_m)
+                row = tl.load(slots + origin * SLOT + d, mask=(origin >= 0) & (d < D))
+                tl.debug_barrier()
+                tl.store(slots + tl.load(moves + move_s + i * move_m) * SLOT + d, row, mask=(origin >= 0) & (d < D))
+                tl.debug_barrier()
+
+
+@jit
+def _words(tree_mask, row, mask, rows):
+    """The ancestors of each row as two int32 words of 32 bits (64-bit shifts are slow and take twice the registers). Bits that are
+    of no row are cleared."""
+    one = tl.full([], 1, tl.int64)
+    rows_bits = tl.where(rows < 64, (one << tl.minimum(rows, 63)) - 1, -one)
+    word = tl.load(tree_mask + row, mask=mask, other=0) & rows_bits
+    return word.to(tl.int32), (word >> 32).to(tl.int32)
+
+
+@jit
+def _ones(x):
+    """How many bits of an int32 are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+@jit
+def _dot(a, b, acc, WIDE: tl.constexpr):
+    """acc + a @ b. WIDE: in float32 (Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers)."""
+    if WIDE:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@jit
+def _fold(acc, top, total, q, k, v, visible, scale, cap, HAS_SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
+    """One more block of keys k ``[DK, N]`` and values v ``[N, DV]`` in the running softmax: acc ``[M, DV]``, its weights' sum `total`
+    and the largest logit `top` (base 2), ``[M]``."""
+    scores = _dot(q, k, tl.zeros(visible.shape, tl.float32), WIDE) * scale
+    if HAS_SOFTCAP:
+        scores = cap - 2 * cap / (1 + tl.exp2(scores))  # cap * tanh
+    scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may have seen nothing yet
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(top - base)
+    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDE)
+    return acc, higher, total * shrink + tl.sum(weights, 1)
+
+
+@jit
+def _attend(
+    q,
+    k,
+    v,
+    out,
+    logs,
+    tree_mask,
+    page_table,
+    lengths,
+    row_starts,
+    k_pages,
+    v_pages,
+    sinks,
+    scale,
+    cap,
+    window,
+    sequences,
+    total_rows,
+    q_t,
+    q_h,
+    k_t,
+    k_h,
+    v_t,
+    v_h,
+    table_s,
+    GROUPS: tl.constexpr,
+    SHARE: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Grid (blocks of queries, KV heads, SPLITS + 1). out: ``[T, Hq, DV]``, or float32 ``[SPLITS, T, Hq, DV]`` with logs
+    ``[SPLITS, T, Hq]`` (base 2) if the prefix is split. scale, cap: see the launcher. x_t, x_h: strides of rows and heads."""
+    block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+    # Sequence s has the blocks from row_starts[s] * SHARE // BLOCK_M + s on: as many as it needs, or one more.
+    count = tl.full([], 0, tl.int32)
+    for first_s in range(0, sequences, 128):
+        s = first_s + tl.arange(0, 128)
+        start = tl.load(row_starts + s, mask=s < sequences, other=0)
+        count += tl.sum(((start * SHARE // BLOCK_M + s <= block) & (s < sequences)).to(tl.int32))
+    sequence = count - 1
+    row0 = tl.load(row_starts + sequence).to(tl.int32)
+    rows = tl.load(row_starts + sequence + 1).to(tl.int32) - row0
+    length = tl.load(lengths + sequence).to(tl.int32)
+    first_query = (block - row0 * SHARE // BLOCK_M - sequence) * BLOCK_M
+    if first_query >= rows * SHARE:
+        return
+
+    query = first_query + tl.arange(0, BLOCK_M)
+    live = query < rows * SHARE
+    row, head = query // SHARE, group * SHARE + query % SHARE
+    at_row = (row0 + row).to(tl.int64)
+    n, dk, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    table = page_table + sequence.to(tl.int64) * table_s
+
+    if split == SPLITS:  # append
+        fresh = (live & (query % SHARE == 0))[:, None]
+        position = length + row
+        page = tl.load(table + position // PAGE_SIZE, mask=live, other=0).to(tl.int64)
+        slot = ((page * PAGE_SIZE + position % PAGE_SIZE) * GROUPS + group)[:, None]
+        mask_k, mask_v = fresh & (dk < DK)[None, :], fresh & (dv < DV)[None, :]
+        new_k = tl.load(k + at_row[:, None] * k_t + group * k_h + dk[None, :], mask=mask_k)
+        tl.store(k_pages + slot * DK + dk[None, :], new_k, mask=mask_k)
+        new_v = tl.load(v + at_row[:, None] * v_t + group * v_h + dv[None, :], mask=mask_v)
+        tl.store(v_pages + slot * DV + dv[None, :], new_v, mask=mask_v)
+        return
+
+    depth = row
+    tree = False
+    if HAS_MASK:
+        tree = rows <= 64
+        low_word, high_word = _words(tree_mask + row0, row, live, rows)
+        depth = tl.where(tree, _ones(low_word) + _ones(high_word) - 1, row)
+
+    oldest = 0  # no query of this block sees a key that stands before it
+    if HAS_WINDOW:
+        oldest = tl.maximum(length + tl.min(tl.where(live, depth, rows)) - window + 1, 0)
+    low = tl.minimum(oldest, length) // BLOCK_N * BLOCK_N
+    a_split = tl.cdiv(tl.cdiv(length - low, BLOCK_N), SPLITS) * BLOCK_N
+    begin = low + split * a_split
+    end = tl.minimum(begin + a_split, length)
+
+    at_head = head.to(tl.int64)
+    if SPLITS > 1:
+        at_log = (split * total_rows + at_row) * (GROUPS * SHARE) + at_head
+        if (begin >= end) & (split < SPLITS - 1):
+            tl.store(logs + at_log, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=live)
+            return
+
+    queries = tl.load(q + at_row[:, None] * q_t + at_head[:, None] * q_h + dk[None, :], mask=live[:, None] & (dk < DK)[None, :], other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:  # a logit without a value, in the last part
+        last = split == SPLITS - 1
+        top = tl.where(last, tl.load(sinks + head).to(tl.float32) * 1.4426950408889634, top)  # log2(e)
+        total = tl.where(last, 1.0, total)
+
+    for at in range(begin, end, BLOCK_N):  # committed tokens
+        position = at + n
+        inside = position < length
+        if PAGE_SIZE % BLOCK_N == 0:  # in one page: 64-bit offsets for the block, 32-bit ones in it
+            slot = (tl.load(table + at // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + at % PAGE_SIZE) * GROUPS + group
+            k_at = (k_pages + slot * DK) + (n[None, :] * (GROUPS * DK) + dk[:, None])
+            v_at = (v_pages + slot * DV) + (n[:, None] * (GROUPS * DV) + dv[None, :])
+        else:
+            page = tl.load(table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+            slot = (page * PAGE_SIZE + position % PAGE_SIZE) * GROUPS + group
+            k_at = k_pages + slot[None, :] * DK + dk[:, None]
+            v_at = v_pages + slot[:, None] * DV + dv[None, :]
+        keys = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)
+        values = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+        visible = tl.broadcast_to(inside[None, :], [BLOCK_M, BLOCK_N])
+        if HAS_WINDOW:
+            visible &= position[None, :] > (length + depth - window)[:, None]
+        acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
+
+    if split == SPLITS - 1:  # new rows
+        begin = tl.maximum(oldest - length, 0) // BLOCK_N * BLOCK_N
+        end = tl.minimum((first_query + BLOCK_M - 1) // SHARE + 1, rows)
+        if HAS_MASK:
+            begin, end = tl.where(tree, 0, begin), tl.where(tree, rows, end)
+        for at in range(begin, end, BLOCK_N):
+            j = at + n
+            inside = j < rows
+            first_row = (row0 + at).to(tl.int64)
+            k_at = (k + first_row * k_t + group * k_h) + (n[None, :] * k_t + dk[:, None])
+            v_at = (v + first_row * v_t + group * v_h) + (n[:, None] * v_t + dv[None, :])
+            keys = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)
+            values = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
+            visible = j[None, :] <= row[:, None]
+            depth_j = j
+            if HAS_MASK:
+                word = tl.where((j < 32)[None, :], low_word[:, None], high_word[:, None])
+                visible = tl.where(tree, ((word >> (j & 31)[None, :]) & 1) != 0, visible)
+                if HAS_WINDOW:
+                    low_j, high_j = _words(tree_mask + row0, j, inside, rows)
+                    depth_j = tl.where(tree, _ones(low_j) + _ones(high_j) - 1, j)
+            visible &= inside[None, :]
+            if HAS_WINDOW:
+                visible &= depth_j[None, :] > (depth - window)[:, None]
+            acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
+
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    at_out = (at_row * (GROUPS * SHARE) + at_head)[:, None] * DV + dv[None, :]
+    mask = live[:, None] & (dv < DV)[None, :]
+    if SPLITS == 1:
+        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        tl.store(logs + at_log, top + tl.log2(total), mask=live)
+        tl.store(out + at_log[:, None] * DV + dv[None, :], acc, mask=mask)
+
+
+@jit
+def _merge(parts, logs, out, heads_of_all, DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Grid (T * Hq). parts: float32 ``[SPLITS, T * Hq, DV]``, logs: ``[SPLITS, T * Hq]``, out: ``[T * Hq, DV]``."""
+    s, d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_DV)
+    here = tl.program_id(0).to(tl.int64)
+    at = s.to(tl.int64) * heads_of_all + here
+    log = tl.load(logs + at, mask=s < SPLITS, other=float("-inf"))
+    weight = tl.exp2(log - tl.max(log))
+    used = (weight > 0)[:, None] & (d < DV)[None, :]
+    part = tl.load(parts + at[:, None] * DV + d[None, :], mask=used, other=0.0)
+    merged = tl.sum(part * weight[:, None], 0) / tl.sum(weight)
+    tl.store(out + here * DV + d, merged.to(out.dtype.element_ty), mask=d < DV)
+
+
+_INTERPRETED = interpreted(_attend)
+
+
+# --- launcher -------------------------------------------------------------------------------------------------------------------
+
+
+def tree_attention_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree_mask: Tensor | None,
+    page_table: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    moves: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """`specfx.kernels.tree_attention`'s op. config: `default_config`'s if None. Raises `LoweringError`."""
+    require(_attend, q)
+    _check(q, k, v, k_pages, v_pages)
+    rows, heads, groups, dk, dv = q.shape[0], q.shape[1], k.shape[1], k.shape[2], v.shape[2]
+    out = q.new_empty(rows, heads, dv)
+    if moves.shape[1] > 0:
+        _move[(groups, 2)](
+            moves, k_pages, v_pages, moves.shape[1], moves.stride(0), moves.stride(1),
+            GROUPS=groups, DK=dk, DV=dv, BLOCK=MOVES, BLOCK_DK=power_of_two(dk), BLOCK_DV=power_of_two(dv), num_warps=4,
+        )  # fmt: skip
+    if rows == 0:
+        return out
+    page_size, sequences = k_pages.shape[1], lengths.shape[0]
+    if config is None:
+        config = default_config(
+            max(dk, dv), q.dtype, rows, sequences, page_size,
+            groups=groups, share=heads // groups, pages=page_table.shape[1], **_device(q.device),
+        )  # fmt: skip
+    split = config.SPLITS > 1
+    parts = q.new_empty(config.SPLITS, rows, heads, dv, dtype=torch.float32) if split else out
+    logs = q.new_empty(config.SPLITS, rows, heads, dtype=torch.float32) if split else out
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    blocks = rows * (heads // groups) // config.BLOCK_M + sequences
+    _attend[(blocks, groups, config.SPLITS + 1)](
+        q, k, v, parts, logs,
+        tree_mask if tree_mask is None else tree_mask.contiguous(),
+        page_table, lengths.contiguous(), row_starts.contiguous(), k_pages, v_pages,
+        sinks if sinks is None else sinks.contiguous(),
+        # Logits in base 2. softcap * tanh(x * scale / softcap) is taken as cap - 2 cap / (1 + exp2(x * 2 log2(e) scale / softcap)).
+        LOG2E * scale * (2 / softcap if softcap else 1), LOG2E * softcap,
+        window, sequences, rows, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), page_table.stride(0),
+        GROUPS=groups, SHARE=heads // groups, DK=dk, DV=dv, PAGE_SIZE=page_size,
+        HAS_MASK=tree_mask is not None, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap != 0, HAS_SINKS=sinks is not None,
+        WIDE=_INTERPRETED,
+        BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_DK=power_of_two(dk, 16), BLOCK_DV=power_of_two(dv, 16),
+        SPLITS=config.SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if split:
+        _merge[(rows * heads,)](
+            parts, logs, out, rows * heads,
+            DV=dv, SPLITS=config.SPLITS, BLOCK_DV=power_of_two(dv), BLOCK_S=power_of_two(config.SPLITS), num_warps=2,
+        )  # fmt: skip
+    return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise LoweringError(f"specfx::tree_attention_ has no Triton kernel for {q.dtype}: use float16, bfloat16 or float32")
+    if any(x.dtype != q.dtype for x in (k, v, k_pages, v_pages)):
+        raise LoweringError(f"specfx::tree_attention_: q is {q.dtype}, k, v or a pool is not: cast them, or make pools of that dtype")
+    if k.shape[1:] != k_pages.shape[2:] or v.shape[1:] != v_pages.shape[2:] or q.shape[1] % k.shape[1]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v, k_pages, v_pages))
+        raise LoweringError(f"specfx::tree_attention_: q, k, v and the pools don't fit each other: {shapes}")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise LoweringError("specfx::tree_attention_: pools must be contiguous")
+
+
+def _device(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {"capability": 80, "processors": 1}
+    properties = torch.cuda.get_device_properties(device)
+    return {"capability": 10 * properties.major + properties.minor, "processors": properties.multi_processor_count}
+
+
+def register() -> None:
+    """Make this the op's kernel on CUDA devices. Call it once, where Triton can be imported and CUDA is available."""
+    torch.library.impl(tree_attention_.name(), "cuda", tree_attention_triton)

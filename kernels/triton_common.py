@@ -1,0 +1,50 @@
+"""What the Triton kernels share: the import, which may fail, and the answer to a call that can't be served.
+
+A module of kernels imports `triton` and `tl` from here and decorates with `jit`, so that it can be imported where there is no Triton;
+its launchers call `require` first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from specfx.errors import LoweringError
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Triton has wheels for Linux only
+    triton = tl = None
+
+LOG2E = math.log2(math.e)
+"""Softmax in base 2: the hardware has exp2, not exp."""
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the function as it is where there is no Triton (`require` keeps it from being launched)."""
+    return function if triton is None else triton.jit(function)
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether `kernel` runs on the CPU (TRITON_INTERPRET=1 when it was decorated)."""
+    return triton is not None and not isinstance(kernel, triton.JITFunction)
+
+
+def require(kernel: Any, on: Tensor) -> None:
+    """Raises `LoweringError` unless `kernel` can be launched on the device of `on`."""
+    if triton is None:
+        raise LoweringError("Triton is not installed: pip install triton (Linux), or use the reference or C++ kernels")
+    if not on.is_cuda and not interpreted(kernel):
+        raise LoweringError(
+            f"a Triton kernel was called on a tensor on {on.device}: move it to a CUDA device, use the reference or C++ kernels, "
+            "or set TRITON_INTERPRET=1 before Python starts (slow, for tests)"
+        )
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The smallest power of two that is at least `n` and `least`."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
