@@ -4,11 +4,14 @@
 packed behind each other and computed in one call, their outputs taken apart as views; weights that are used several times (by the steps
 of a draft head) are packed once. The packed weight is an attribute
 ``packed_{i}``; the module remembers in ``meta["packed"]`` what weights it was made of, so that `repack` can follow changes in place.
+Graphs over the same weights (one without a draft head, one with it) share the packed ones.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,8 +23,23 @@ from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_
 aten = torch.ops.aten
 
 
+_alive: weakref.WeakValueDictionary[tuple[Any, ...], Tensor] = weakref.WeakValueDictionary()
+"""Packed weights of living modules, by where their sources lie. (The modules hold the sources too, so no other tensor can lie there.)"""
+
+
 def _fused(weights: tuple[Tensor, ...]) -> Tensor:
     return pack(torch.cat(weights))
+
+
+def _packed(weights: tuple[Tensor, ...]) -> Tensor:
+    """The packed form of `weights` as they are now, in the tensor that other modules have of them, if any."""
+    key = tuple((w.data_ptr(), w.dtype, tuple(w.shape), w.stride()) for w in weights)
+    present, shared = _fused(weights), _alive.get(key)
+    if shared is None:
+        _alive[key] = shared = present
+    elif not torch.equal(shared, present):  # the weights were changed in place, and nobody has packed them since
+        shared.copy_(present)
+    return shared
 
 
 def repack(module: fx.GraphModule) -> None:
@@ -55,7 +73,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
         if targets not in names:
             names[targets] = name = f"packed_{len(names)}"
             packed[name] = tuple(attribute(module, target) for target in targets)
-            module.register_buffer(name, _fused(packed[name]), persistent=False)
+            module.register_buffer(name, _packed(packed[name]), persistent=False)
         name = names[targets]
         weight = attribute(module, name)
         stack = nodes[0].meta.get("nn_module_stack")

@@ -601,6 +601,23 @@ def test_packed_linears_compute_the_same_and_follow_their_weights() -> None:
     assert torch.equal(unpack(packed.packed_0, 40)[32:], model.k.weight)
 
 
+def test_graphs_over_the_same_weights_share_the_packed_ones() -> None:
+    model = Linears()
+    graph = trace(model)
+    first, second = (after(graph, pack_linears, context=PACKING) for _ in range(2))
+    assert first.packed_0 is second.packed_0
+    assert first.packed_1 is not trace_and_pack().packed_1  # another model's
+    with torch.no_grad():
+        model.k.weight.mul_(2)
+    third = after(graph, pack_linears, context=PACKING)  # packs what is there now, for all
+    assert third.packed_0 is first.packed_0
+    assert torch.equal(unpack(first.packed_0, 40)[32:], model.k.weight)
+
+
+def trace_and_pack() -> fx.GraphModule:
+    return after(trace(Linears()), pack_linears, context=PACKING)
+
+
 def test_without_the_kernel_nothing_is_packed() -> None:
     reason = "no kernel for packed linears here (needs a CPU with AMX bf16 and a C++ compiler)"
     assert refused(pack_linears, trace(Linears()), CONTEXT) == reason
