@@ -85,6 +85,11 @@ def attribute(module: torch.nn.Module, name: str) -> Any:
     return value
 
 
+def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where and how `tensor` lies in memory: equal for two objects that are the same weight."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module with a graph and submodules of its own and the same weights (shared, not copied).
 

@@ -11,18 +11,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from specfx.errors import PassError
 from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.tree_attention import tree_attention_
-from specfx.passes.framework import Pass, PassContext, add_placeholder, attribute, calls, fake_input, fake_mode_of, new_size, placeholder
+from specfx.passes.framework import (
+    Pass,
+    PassContext,
+    add_placeholder,
+    attribute,
+    calls,
+    fake_input,
+    fake_mode_of,
+    new_size,
+    place_of,
+    placeholder,
+)
 
 NEXT_IDS = "next_ids"
-
-
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def run(module: fx.GraphModule, context: PassContext) -> int:
@@ -45,7 +52,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
         assert there is not None
         value = there.meta["val"]
         bound[name] = add_placeholder(module, f"{name}_{layer}", fake_input(module, (pages, *value.shape[1:]), value.dtype, device))
-    known = {_place(attribute(module, str(n.target))): n for n in module.graph.find_nodes(op="get_attr")}
+    known = {place_of(attribute(module, str(n.target))): n for n in module.graph.find_nodes(op="get_attr")}
     new: dict[fx.Node, Any] = {}
     stitched = 0
     with module.graph.inserting_before(output):
@@ -74,9 +81,8 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
 def _weight(module: fx.GraphModule, head: fx.GraphModule, node: fx.Node, known: dict[tuple[Any, ...], fx.Node]) -> fx.Node:
     """The head's weight in the target's graph, which may know it already under another name."""
     tensor = attribute(head, str(node.target))
-    if (there := known.get(_place(tensor))) is not None:
-        first = next(n for n in module.graph.nodes if n.op == "get_attr" and n.target == there.target)
-        return first
+    if (there := known.get(place_of(tensor))) is not None:
+        return there
     name = "mtp_" + str(node.target).replace(".", "_")
     module.register_buffer(name, tensor.detach(), persistent=False)
     result = module.graph.get_attr(name)

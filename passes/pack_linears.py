@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from specfx.errors import PassError
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear
-from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_call
+from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_call, place_of
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def _fused(weights: tuple[Tensor, ...]) -> Tensor:
 
 def _packed(weights: tuple[Tensor, ...]) -> Tensor:
     """The packed form of `weights` as they are now, in the tensor that other modules have of them, if any."""
-    key = tuple((w.data_ptr(), w.dtype, tuple(w.shape), w.stride()) for w in weights)
+    key = tuple(map(place_of, weights))
     present, shared = _fused(weights), _alive.get(key)
     if shared is None:
         _alive[key] = shared = present

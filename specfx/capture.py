@@ -120,6 +120,13 @@ def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
     return [config, *(c for v in vars(config).values() if isinstance(v, PretrainedConfig) for c in _configs(v))]
 
 
+def make_traceable(config: PretrainedConfig, attention_implementation: str) -> None:
+    """Set, on a clone's config, the attention to trace through and the form of experts that can be exported."""
+    config._attn_implementation = attention_implementation
+    if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
+        config._experts_implementation = "batched_mm"
+
+
 class _Forward(nn.Module):
     """What is exported: ``(input_ids, position_ids) -> (logits, hidden)``."""
 
@@ -163,9 +170,7 @@ def _export(model: PreTrainedModel, attention_implementation: str, example_rows:
     if clone.get_output_embeddings() is None:
         raise CaptureError(f"{type(model).__name__} has no output embeddings")
     for config in _configs(clone.config):
-        config._attn_implementation = attention_implementation
-        if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
-            config._experts_implementation = "batched_mm"
+        make_traceable(config, attention_implementation)
     example = torch.arange(example_rows, device=model.device)[None]
     rows = torch.export.Dim("rows", min=1, max=1 << 20)
     try:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import AttentionInterface, PreTrainedConfig
 
-from specfx.capture import refuse_strange_attention, shared_storage
+from specfx.capture import make_traceable, refuse_strange_attention, shared_storage
 from specfx.drafters.mtp import Drafting
 from specfx.drafters.mtp_head import MtpHead
 from specfx.drafters.mtp_tree import draft
@@ -191,7 +191,5 @@ def _clone(head: MtpHead) -> MtpHead:
     for module in clone.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PreTrainedConfig):
-            config._attn_implementation = HEAD_ATTENTION
-            if hasattr(config, "num_experts") or hasattr(config, "num_local_experts"):
-                config._experts_implementation = "batched_mm"
+            make_traceable(config, HEAD_ATTENTION)
     return clone
