@@ -19,7 +19,8 @@ k_pages        ``[N, ps, Hkv, D]``  the pools, written in place
 =============  =================  ====================================================================================
 
 Row ``i`` of a sequence is stored at position ``lengths[s] + i`` but *stands* at ``lengths[s] + depth``, where depth is the number of
-its ancestors; a sliding window is measured between standing positions. Ancestor masks after SpecInfer (Miao et al., 2023),
+its ancestors; a sliding window is measured between standing positions. What stands before position ``skip`` is seen by none that stands
+behind it (a layer of a draft head whose first rows stand for nothing). Ancestor masks after SpecInfer (Miao et al., 2023),
 paged KV after vLLM (Kwon et al., 2023).
 """
 
@@ -56,6 +57,7 @@ def tree_attention_reference(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    skip: int = 0,
 ) -> Tensor:
     """The specification; see the module's table. Returns ``[T, Hq, Dv]``."""
     page_size = k_pages.shape[1]
@@ -73,9 +75,10 @@ def tree_attention_reference(
         flat_k[slots[length:]], flat_v[slots[length:]] = k[here], v[here]
         ancestors = _ancestors(None if tree_mask is None else tree_mask[here], rows, q.device)
         visible = torch.cat([ancestors.new_ones(rows, length), ancestors], 1)
+        standing = torch.cat([position[:length], length + ancestors.sum(1) - 1])
         if window:
-            standing = torch.cat([position[:length], length + ancestors.sum(1) - 1])
             visible &= standing[None, :] > standing[length:, None] - window
+        visible &= (standing[None, :] >= skip) | (standing[length:, None] < skip)
         out[here] = masked_attention(q[here], flat_k[slots], flat_v[slots], visible, scale, softcap, sinks)
     return out
 
@@ -99,9 +102,31 @@ def _tree_positions_fake(tree_mask: Tensor | None, lengths: Tensor, row_starts: 
     return torch.empty_like(input_ids, dtype=torch.int64)
 
 
+def tree_parents_reference(tree_mask: Tensor | None, row_starts: Tensor, input_ids: Tensor) -> Tensor:
+    """What each row hangs on, int64 ``[T]``: row ``p`` as ``S + p`` (over all sequences), and for the first row of sequence s just
+    ``s``, so that it indexes a list of what was last committed of each sequence, followed by the rows."""
+    starts = row_starts.tolist()
+    sequences = len(starts) - 1
+    parts = []
+    for s in range(sequences):
+        rows = starts[s + 1] - starts[s]
+        mask = None if tree_mask is None else tree_mask[starts[s] : starts[s + 1]]
+        above = _ancestors(mask, rows, input_ids.device).tril(-1)
+        place = (
+            torch.where(above, torch.arange(rows, device=input_ids.device), -1).amax(1) if rows else above.new_empty(0, dtype=torch.int64)
+        )
+        parts.append(torch.where(place < 0, s, sequences + starts[s] + place))
+    return torch.cat(parts)
+
+
+def _tree_parents_fake(tree_mask: Tensor | None, row_starts: Tensor, input_ids: Tensor) -> Tensor:
+    return input_ids.new_empty(input_ids.shape[1], dtype=torch.int64)
+
+
 tree_attention_ = define_op(
     "tree_attention_(Tensor q, Tensor k, Tensor v, Tensor? tree_mask, Tensor page_table, Tensor lengths, Tensor row_starts, Tensor moves, "
-    "Tensor(a!) k_pages, Tensor(b!) v_pages, float scale, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
+    "Tensor(a!) k_pages, Tensor(b!) v_pages, float scale, int window=0, float softcap=0.0, Tensor? sinks=None, int skip=0) "
+    "-> Tensor",
     reference=tree_attention_reference,
     fake=_tree_attention_fake,
 )
@@ -110,4 +135,10 @@ tree_positions = define_op(
     "tree_positions(Tensor? tree_mask, Tensor lengths, Tensor row_starts, Tensor input_ids) -> Tensor",
     reference=tree_positions_reference,
     fake=_tree_positions_fake,
+)
+
+tree_parents = define_op(
+    "tree_parents(Tensor? tree_mask, Tensor row_starts, Tensor input_ids) -> Tensor",
+    reference=tree_parents_reference,
+    fake=_tree_parents_fake,
 )

@@ -221,6 +221,7 @@ def _attend(
     scale,
     cap,
     window,
+    skip,
     sequences,
     total_rows,
     q_t,
@@ -237,6 +238,7 @@ def _attend(
     PAGE_SIZE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SKIP: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     WIDE: tl.constexpr,
@@ -331,6 +333,8 @@ def _attend(
         visible = tl.broadcast_to(inside[None, :], [BLOCK_M, BLOCK_N])
         if HAS_WINDOW:
             visible &= position[None, :] > (length + depth - window)[:, None]
+        if HAS_SKIP:
+            visible &= (position >= skip)[None, :] | (length + depth < skip)[:, None]
         acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
 
     if split == SPLITS - 1:  # new rows
@@ -351,12 +355,14 @@ def _attend(
             if HAS_MASK:
                 word = tl.where((j < 32)[None, :], low_word[:, None], high_word[:, None])
                 visible = tl.where(tree, ((word >> (j & 31)[None, :]) & 1) != 0, visible)
-                if HAS_WINDOW:
+                if HAS_WINDOW or HAS_SKIP:
                     low_j, high_j = _words(tree_mask + row0, j, inside, rows)
                     depth_j = tl.where(tree, _ones(low_j) + _ones(high_j) - 1, j)
             visible &= inside[None, :]
             if HAS_WINDOW:
                 visible &= depth_j[None, :] > (depth - window)[:, None]
+            if HAS_SKIP:
+                visible &= (length + depth_j >= skip)[None, :] | (length + depth < skip)[:, None]
             acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
 
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
@@ -404,6 +410,7 @@ def tree_attention_triton(
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    skip: int = 0,
     config: Config | None = None,
 ) -> Tensor:
     """`specfx.kernels.tree_attention`'s op. config: `default_config`'s if None. Raises `LoweringError`."""
@@ -437,9 +444,10 @@ def tree_attention_triton(
         sinks if sinks is None else sinks.contiguous(),
         # Logits in base 2. softcap * tanh(x * scale / softcap) is taken as cap - 2 cap / (1 + exp2(x * 2 log2(e) scale / softcap)).
         LOG2E * scale * (2 / softcap if softcap else 1), LOG2E * softcap,
-        window, sequences, rows, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), page_table.stride(0),
+        window, skip, sequences, rows, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), page_table.stride(0),
         GROUPS=groups, SHARE=heads // groups, DK=dk, DV=dv, PAGE_SIZE=page_size,
-        HAS_MASK=tree_mask is not None, HAS_WINDOW=window > 0, HAS_SOFTCAP=softcap != 0, HAS_SINKS=sinks is not None,
+        HAS_MASK=tree_mask is not None, HAS_WINDOW=window > 0, HAS_SKIP=skip > 0, HAS_SOFTCAP=softcap != 0,
+        HAS_SINKS=sinks is not None,
         WIDE=_INTERPRETED,
         BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N, BLOCK_DK=power_of_two(dk, 16), BLOCK_DV=power_of_two(dv, 16),
         SPLITS=config.SPLITS, num_warps=config.num_warps, num_stages=config.num_stages,

@@ -1,9 +1,10 @@
 """A next-n head, the acceptance of the last draft and the drafting of the next are stitched behind the target's hidden states.
 
 The context brings the head's part as a graph of its own (`PassContext.drafting`, see `specfx.engines.drafting`). Its inputs are bound
-by name: the target's ``hidden`` and ``argmax``, the inputs that the target's graph has already, one more pair of page pools, and the
-new input ``next_ids`` (int64 ``[T]``: the token behind each row where it is known, -1 where the target's choice is). Weights that both
-have are read once. Output: ``(logits, hidden, argmax, draft tokens [S, N], parents [S, N], log-probabilities of the paths [S, N])``.
+by name: the target's ``hidden`` and ``argmax``, the inputs that the target's graph has already, one more pair of page pools for each layer,
+and the new input ``next_ids`` (int64 ``[T]``: the token behind each row where it is known, -1 where the target's choice is). Weights that
+both have are read once. Output: ``(logits, hidden, argmax, draft tokens [S, N], parents [S, N], log-probabilities of the paths [S, N])``. A
+head of L > 1 layers also has an input and a last output ``tails`` ``[S, L - 1, H]``: the second goes into the sequences' next forward.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from specfx.passes.framework import (
     placeholder,
 )
 
-NEXT_IDS = "next_ids"
+NEXT_IDS, TAILS = "next_ids", "tails"
 
 
 def run(module: fx.GraphModule, context: PassContext) -> int:
@@ -47,21 +48,22 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     pages = new_size(mode) if like is None else like.meta["val"].shape[0]
     bound: dict[str, fx.Node] = {"hidden": results[1], "argmax": results[2]}
     bound[NEXT_IDS] = add_placeholder(module, NEXT_IDS, fake_input(module, (ids.meta["val"].shape[1],), torch.int64, device))
-    for name in ("k_pages", "v_pages"):
-        there = placeholder(head, name)
-        assert there is not None
-        value = there.meta["val"]
-        bound[name] = add_placeholder(module, f"{name}_{layer}", fake_input(module, (pages, *value.shape[1:]), value.dtype, device))
+    if (tails := placeholder(head, TAILS)) is not None:
+        sequences = _input(module, "lengths").meta["val"].shape[0]
+        value = tails.meta["val"]
+        bound[TAILS] = add_placeholder(module, TAILS, fake_input(module, (sequences, *value.shape[1:]), value.dtype, device))
+    for node in head.graph.find_nodes(op="placeholder"):
+        kind, _, number = str(node.target).rpartition("_")
+        if kind in ("k_pages", "v_pages"):
+            value, name = node.meta["val"], f"{kind}_{layer + int(number)}"
+            bound[node.target] = add_placeholder(module, name, fake_input(module, (pages, *value.shape[1:]), value.dtype, device))
     known = {place_of(attribute(module, str(n.target))): n for n in module.graph.find_nodes(op="get_attr")}
     new: dict[fx.Node, Any] = {}
     stitched = 0
     with module.graph.inserting_before(output):
         for node in head.graph.nodes:
             if node.op == "placeholder":
-                source = bound.get(node.target) or placeholder(module, node.target)
-                if source is None:
-                    raise PassError(f"the head needs {node.target}, which the graph does not have")
-                new[node] = source
+                new[node] = bound.get(node.target) or _input(module, node.target)
             elif node.op == "get_attr":
                 new[node] = _weight(module, head, node, known)
             elif node.op == "call_function":
@@ -78,6 +80,13 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     return stitched
 
 
+def _input(module: fx.GraphModule, name: str) -> fx.Node:
+    node = placeholder(module, name)
+    if node is None:
+        raise PassError(f"the head needs {name}, which the graph does not have")
+    return node
+
+
 def _weight(module: fx.GraphModule, head: fx.GraphModule, node: fx.Node, known: dict[tuple[Any, ...], fx.Node]) -> fx.Node:
     """The head's weight in the target's graph, which may know it already under another name."""
     tensor = attribute(head, str(node.target))
@@ -92,7 +101,7 @@ def _weight(module: fx.GraphModule, head: fx.GraphModule, node: fx.Node, known: 
 
 def ensures(module: fx.GraphModule, context: PassContext) -> None:
     results = [n.meta["val"] for n in module.graph.output_node().args[0]]  # type: ignore[union-attr, misc]
-    if len(results) != 6 or len({tuple(map(str, r.shape)) for r in results[3:]}) != 1:
+    if len(results) != 6 + (placeholder(module, TAILS) is not None) or len({tuple(map(str, r.shape)) for r in results[3:6]}) != 1:
         raise PassError(f"wrong outputs: {[tuple(r.shape) for r in results]}")
     if len(calls(module, greedy_walk)) != 1:
         raise PassError("the graph must accept the last draft exactly once")

@@ -51,8 +51,9 @@ def unskilled(model: Any) -> MtpHead:
     return head
 
 
-def random_head(model: Any, noise: float = 0.3) -> MtpHead:
+def random_head(model: Any, noise: float = 0.3, layers: int = 1) -> MtpHead:
     head = MtpHead.from_target(model)
+    head.further.extend(MtpHead.from_target(model) for _ in range(layers - 1))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in head.parameters():

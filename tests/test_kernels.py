@@ -21,7 +21,14 @@ from torch import Tensor
 from specfx.kernels import cpu_build
 from specfx.kernels.attention import attention, attention_reference
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference, unpack
-from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference, tree_positions, tree_positions_reference
+from specfx.kernels.tree_attention import (
+    tree_attention_,
+    tree_attention_reference,
+    tree_parents,
+    tree_parents_reference,
+    tree_positions,
+    tree_positions_reference,
+)
 
 PROPERTY = settings(max_examples=60, deadline=None)
 NAN = float("nan")
@@ -49,6 +56,7 @@ class Shape:
     softcap: float = 0.0
     sinks: bool = False
     dtype: torch.dtype = torch.float64
+    skip: int = 0
 
     @property
     def heads(self) -> int:
@@ -138,7 +146,7 @@ def make_batch(
         "v_pages": v_pages,
     }
     sinks = random(shape.heads) if shape.sinks else None
-    constants = {"scale": 0.7 * shape.dk**-0.5, "window": shape.window, "softcap": shape.softcap, "sinks": sinks}
+    constants = {"scale": 0.7 * shape.dk**-0.5, "window": shape.window, "softcap": shape.softcap, "sinks": sinks, "skip": shape.skip}
     return Batch(shape, [list(p) for p in parents], past, slots, arguments, constants)
 
 
@@ -155,7 +163,8 @@ def dense_attention(batch: Batch) -> Tensor:
         mask = torch.zeros(rows, length + rows, dtype=torch.bool)
         for row in range(rows):
             for j in [*range(length), *(length + r for r in path_to(parents, row))]:
-                mask[row, j] = not shape.window or stands[j] > stands[length + row] - shape.window
+                near = not shape.window or stands[j] > stands[length + row] - shape.window
+                mask[row, j] = near and not stands[j] < shape.skip <= stands[length + row]
         scale = batch.constants["scale"]
         if shape.softcap or sinks is not None:
             logits = torch.einsum("htd,hld->htl", queries, keys) * scale
@@ -197,6 +206,7 @@ def batches(draw: st.DrawFn, tiles: bool = False) -> Batch:
         window=draw(st.sampled_from([0, 0, 1, 2, 5, 30])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5])),
         sinks=draw(st.booleans()),
+        skip=draw(st.sampled_from([0, 0, 1, 2, 7])),
     )
     sequences = draw(st.integers(1, 3))
     lengths = draw(st.lists(st.integers(0, 70 if tiles else 20), min_size=sequences, max_size=sequences))
@@ -232,6 +242,19 @@ def test_rows_stand_at_their_depth_behind_the_committed_tokens(batch: Batch) -> 
     assert tree_positions_reference(*arguments).tolist() == [expected]
 
 
+@PROPERTY
+@given(batch=batches())
+def test_rows_hang_on_their_parents_and_first_rows_on_what_was_committed_last(batch: Batch) -> None:
+    ids = torch.zeros(1, batch.rows[-1].stop, dtype=torch.int64)
+    arguments = (batch.arguments["tree_mask"], batch.arguments["row_starts"], ids)
+    expected = [
+        s if parent < 0 else len(batch.parents) + here.start + parent
+        for s, (parents, here) in enumerate(zip(batch.parents, batch.rows, strict=True))
+        for parent in parents
+    ]
+    assert tree_parents_reference(*arguments).tolist() == expected
+
+
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("share", [1, 7])
 def test_the_marker_is_causal_attention(share: int, window: int) -> None:
@@ -245,7 +268,8 @@ def test_the_marker_is_causal_attention(share: int, window: int) -> None:
 def test_the_marker_takes_softcap_and_sinks_as_tree_attention_does() -> None:
     batch = make_batch(Shape(2, 4, softcap=1.5, sinks=True, window=4), [0], [causal_run(11)], 0)
     q, k, v = (batch.arguments[name].transpose(0, 1)[None] for name in ("q", "k", "v"))
-    out = attention_reference(q, k, v, **batch.constants)
+    constants = {name: value for name, value in batch.constants.items() if name != "skip"}
+    out = attention_reference(q, k, v, **constants)
     torch.testing.assert_close(out[0], dense_attention(batch))
 
 
@@ -258,7 +282,7 @@ def opcheck_all() -> None:
     torch.library.opcheck(attention, (q, k, v, 0.3))
     torch.library.opcheck(attention, (q, k, v, 0.3, 3, 2.0, torch.randn(6)))
     tree = [-1, 0, 0, 1, 2, 4]
-    for shape, mask in ((Shape(2, 3, 8, 4), True), (Shape(1, 4, window=3, softcap=2.0, sinks=True), False)):
+    for shape, mask in ((Shape(2, 3, 8, 4), True), (Shape(1, 4, window=3, softcap=2.0, sinks=True, skip=2), False)):
         shape = dataclasses.replace(shape, dtype=torch.float32)
         batch = make_batch(shape, [5, 0], [tree if mask else causal_run(6), causal_run(4)], 0, mask)
         for name in ("k_pages", "v_pages"):  # what opcheck compares must be equal to itself
@@ -268,6 +292,7 @@ def opcheck_all() -> None:
         torch.library.opcheck(
             tree_positions, (batch.arguments["tree_mask"], batch.arguments["lengths"], batch.arguments["row_starts"], ids)
         )
+        torch.library.opcheck(tree_parents, (batch.arguments["tree_mask"], batch.arguments["row_starts"], ids))
     weight, x = pack(torch.randn(70, 64).bfloat16()), torch.randn(2, 3, 64).bfloat16()
     torch.library.opcheck(packed_linear, (x, weight, None, 70))
     torch.library.opcheck(packed_linear, (x, weight, torch.randn(70).bfloat16(), 70))
@@ -440,12 +465,14 @@ def test_wrong_dtypes_and_layouts_raise(op: object, name: str, spoil: object, ke
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("mask", [True, False])
-def test_tree_positions_kernel_agrees_with_the_reference(mask: bool) -> None:
+def test_kernels_of_positions_and_parents_agree_with_the_references(mask: bool) -> None:
     parents = [tree_of(64), causal_run(70), TREE] if mask else [causal_run(n) for n in (64, 70, 1)]
     batch = make_batch(Shape(), [5, 0, 1000], parents, 0, mask)
     ids = torch.zeros(1, batch.rows[-1].stop, dtype=torch.int64)
     arguments = (batch.arguments["tree_mask"], batch.arguments["lengths"], batch.arguments["row_starts"], ids)
     assert torch.equal(tree_positions(*arguments), tree_positions_reference(*arguments))
+    mask_words, _, *rest = arguments
+    assert torch.equal(tree_parents(mask_words, *rest), tree_parents_reference(mask_words, *rest))
 
 
 def test_several_threads_give_what_one_gives(kernels: cpu_build.CpuKernels) -> None:

@@ -309,7 +309,7 @@ def test_rejected_drafts_leave_no_trace(target, path):
             drafter.accept(0, known[-n:], hidden)
         for budget in (6, 1, 0, 4):
             busy.propose([0], [budget])
-        assert busy._sequences[0].kv.length == len(known) - 1
+        assert busy._sequences[0].kvs[0].length == len(known) - 1
     assert quiet.propose([0], [3])[0].tokens == busy.propose([0], [3])[0].tokens
 
 

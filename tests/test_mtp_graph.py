@@ -86,11 +86,13 @@ def rewritten(name: str, page_size: int) -> tuple[PreTrainedModel, fx.GraphModul
 
 
 @functools.cache
-def stitched(name: str, page_size: int, shape: TreeShape, window: int | None = None, draft_vocab: bool = False) -> tuple[Any, ...]:
-    """(target, head, the graph before, the graph after)."""
+def stitched(
+    name: str, page_size: int, shape: TreeShape, window: int | None = None, draft_vocab: bool = False, layers: int = 1
+) -> tuple[Any, ...]:
+    """(target, head, the graph before, the graph after). window: of the head's last layer."""
     model, module = rewritten(name, page_size)
-    head = random_head(model)
-    head.window = window
+    head = random_head(model, layers=layers)
+    head.chain[-1].window = window
     if draft_vocab:
         head.restrict(torch.arange(3, VOCAB, 3))
     part = stitching.capture_drafting(Drafting(head, shape), page_size)
@@ -119,33 +121,71 @@ def test_a_chain_of_two_steps_is_stitched_behind_llama() -> None:
 +  v_pages_0..2: f32[s4, 16, 2, 8]
 @ inputs
 +  next_ids: i64[s0]
--return (%23, %20, %26)
 +  %a0: i64[s5] = aten.index_select(next_ids, 0, logit_rows)
+-return (%23, %20, %26)
 +  %a2: i64[s5] = aten.where(%a1, %26, %a0)
 +  %a3: i64[s0] = aten.index_copy(next_ids, 0, logit_rows, %a2)
-+  %a4: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 16)
-+  %a5: i64[s1] = getitem(%a4, 0)
-+  %a6: i32[s1] = getitem(%a4, 1)
-+  %a7: i64[2, s0] = getitem(%a4, 2)
-+  %a9: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
-+  %a29: f32[1, s0, 32] = aten.linear(%a28, mtp_head_eh_proj_weight f32[32, 64])
-+  %a80: f32[s0, 4, 8] = specfx.tree_attention_(%a75, %a77, %a79, tree_mask, page_table, lengths, row_starts, %a8, k_pages_2, v_pages_2, 0.353553)
-+  %a108: f32[s1, 32] = aten.index_select(%a107, 0, %a5)
-+  %a110: f32[s1, 1, 128] = aten.linear(%a109, model.lm_head.weight f32[128, 32])
-+  %a112: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a111, -1, True)
-+  %a113: f32[s1, 1, 1] = getitem(%a112, 0)
-+  %a114: i64[s1, 1, 1] = getitem(%a112, 1)
-+  %a131: i64[1, s1] = specfx.tree_positions(%a130, %a6, %a128, %a129)
-+  %a151: f32[1, s1, 32] = aten.linear(%a150, mtp_head_eh_proj_weight f32[32, 64])
-+  %a202: f32[s1, 4, 8] = specfx.tree_attention_(%a197, %a199, %a201, %a130, page_table, %a6, %a128, %a7, k_pages_2, v_pages_2, 0.353553)
-+  %a231: f32[s1, 1, 128] = aten.linear(%a230, model.lm_head.weight f32[128, 32])
-+  %a233: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a232, -1, True)
-+  %a234: f32[s1, 1, 1] = getitem(%a233, 0)
-+  %a235: i64[s1, 1, 1] = getitem(%a233, 1)
-+  %a248: i64[s1, 2] = aten.cat([%a118, %a243], 1)
-+  %a249: i64[s1, 2] = aten.cat([%a121, %a247], 1)
-+  %a250: f32[s1, 2] = aten.cat([%a119, %a244], 1)
-+return (%23, %20, %26, %a248, %a249, %a250)""",
++  %a5: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
++  %a6: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 16)
++  %a7: i64[s1] = getitem(%a6, 0)
++  %a8: i32[s1] = getitem(%a6, 1)
++  %a9: i64[2, s0] = getitem(%a6, 2)
++  %a28: f32[1, s0, 32] = aten.linear(%a27, mtp_head_eh_proj_weight f32[32, 64])
++  %a68: f32[s0, 4, 8] = specfx.tree_attention_(%a63, %a65, %a67, tree_mask, page_table, lengths, row_starts, %a10, k_pages_2, v_pages_2, 0.353553)
++  %a96: f32[s1, 32] = aten.index_select(%a95, 0, %a7)
++  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
++  %a99: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a98, -1, True)
++  %a100: i64[s1, 1, 1] = getitem(%a99, 1)
++  %a110: i64[1, s1] = specfx.tree_positions(%a107, %a8, %a109, %a102)
++  %a111: f32[s1, 1, 1] = getitem(%a99, 0)
++  %a137: f32[1, s1, 32] = aten.linear(%a136, mtp_head_eh_proj_weight f32[32, 64])
++  %a177: f32[s1, 4, 8] = specfx.tree_attention_(%a172, %a174, %a176, %a107, page_table, %a8, %a109, %a9, k_pages_2, v_pages_2, 0.353553)
++  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
++  %a207: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a206, -1, True)
++  %a208: f32[s1, 1, 1] = getitem(%a207, 0)
++  %a209: i64[s1, 1, 1] = getitem(%a207, 1)
++  %a222: i64[s1, 2] = aten.cat([%a101, %a217], 1)
++  %a223: i64[s1, 2] = aten.cat([%a117, %a221], 1)
++  %a224: f32[s1, 2] = aten.cat([%a115, %a218], 1)
++return (%23, %20, %26, %a222, %a223, %a224)""",
+    )
+
+
+def test_a_second_layer_is_fed_what_the_first_made_of_the_row_above() -> None:
+    """Its first position is skipped (the last argument), its tails come and go, and it moves the walked rows in the draft step."""
+    _, _, before, after = stitched("llama", 4, TreeShape(2, 1, 3), None, False, 2)
+    telling = re.compile(r"inputs|pages_\d\.|tails|specfx\.|aten\.(linear\(.*(eh_proj|lm_head)|index_select|cat\(.* [01]\))|return")
+    lines = [line for line in difference(before, after).splitlines() if telling.search(line)]
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+@ inputs
+-  k_pages_0..1: f32[s4, 4, 2, 8]
+-  v_pages_0..1: f32[s4, 4, 2, 8]
++  k_pages_0..3: f32[s4, 4, 2, 8]
++  v_pages_0..3: f32[s4, 4, 2, 8]
+@ inputs
++  tails: f32[s1, 1, 32]
++  %a0: i64[s5] = aten.index_select(next_ids, 0, logit_rows)
+-return (%23, %20, %26)
++  %a5: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
++  %a7: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 4)
++  %a28: f32[1, s0, 32] = aten.linear(%a27, mtp_head_eh_proj_weight f32[32, 64])
++  %a68: f32[s0, 4, 8] = specfx.tree_attention_(%a63, %a65, %a67, tree_mask, page_table, lengths, row_starts, moves, k_pages_2, v_pages_2, 0.353553)
++  %a96: f32[s1, 32] = aten.index_select(%a95, 0, %a10)
++  %a98: f32[s1, 32] = aten.select(tails, 1, 0)
++  %a101: i64[s0] = specfx.tree_parents(tree_mask, row_starts, input_ids)
++  %a102: f32[s0, 32] = aten.index_select(%a100, 0, %a101)
++  %a39: f32[s0, 4, 8] = specfx.tree_attention_(%a34, %a36, %a38, tree_mask, page_table, lengths, row_starts, in3, k_pages_a, v_pages_a, 0.353553, 0, 0, None, 1)
++  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
++  %a121: i64[1, s1] = specfx.tree_positions(%a118, %a8, %a120, %a111)
++  %a39: f32[s1, 4, 8] = specfx.tree_attention_(%a34, %a36, %a38, in3, page_table, in4, in5, in6, k_pages_a, v_pages_a, 0.353553, 0, 0, None, 1)
++  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
++  %a149: i64[s1, 2] = aten.cat([%a110, %a144], 1)
++  %a150: i64[s1, 2] = aten.cat([%a130, %a148], 1)
++  %a151: f32[s1, 2] = aten.cat([%a128, %a145], 1)
++  %a152: f32[s1, 1, 32] = aten.cat([%a97], 1)
++return (%23, %20, %26, %a149, %a150, %a151, %a152)""",
     )
 
 
@@ -294,6 +334,9 @@ DRIVES: dict[str, tuple[Any, ...]] = {
     "qwen3, one step": ("qwen3", 16, TreeShape(1, 4, 4)),
     "qwen3, draft vocabulary": ("qwen3", 16, TreeShape(2, 3, 9), None, True),
     "gemma2, windows of target and head": ("gemma2", 4, TreeShape(2, 4, 12), 5),
+    "llama, two layers": ("llama", 4, TreeShape(2, 1, 3), None, False, 2),
+    "llama, three layers, window, five steps": ("llama", 16, TreeShape(5, 2, 10), 4, True, 3),
+    "qwen3, four layers of which three are used": ("qwen3", 16, TreeShape(3, 3, 9), None, False, 4),
 }
 
 
@@ -451,7 +494,7 @@ def instead_of_the_step(change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor,
     """change: of a step's ``(tokens, hidden, masks)``."""
     real = stitching.draft
     return lambda patch: patch.setattr(
-        stitching, "draft", lambda hidden, step, *more: real(hidden, lambda *rows: step(*change(*rows)), *more)
+        stitching, "draft", lambda hidden, step, *more: real(hidden, lambda layer, *rows: step(layer, *change(*rows)), *more)
     )
 
 
@@ -465,18 +508,35 @@ def own_bits(masks: Tensor) -> Tensor:
     return torch.bitwise_left_shift(torch.ones_like(masks), torch.arange(masks.shape[1]))
 
 
-def narrow_window(patch: pytest.MonkeyPatch) -> None:
+def instead_of_attending(change: Callable[..., tuple[Any, ...]]) -> Sabotage:
+    """change: ``(pools, metadata, window, skip) -> the same``."""
     real = stitching._attending
-    patch.setattr(stitching, "_attending", lambda pages, metadata, window: real(pages, metadata, 3))
+    return lambda patch: patch.setattr(stitching, "_attending", lambda *a: real(*change(*a)))
 
 
-def no_moves_from_the_engine(patch: pytest.MonkeyPatch) -> None:
-    real = stitching._attending
+def without_moves(pools: Any, metadata: tuple[Tensor, ...], *more: int) -> tuple[Any, ...]:
+    return pools, (*metadata[:4], torch.full_like(metadata[4], -1)), *more
 
-    def attending(pages: Any, metadata: tuple[Tensor, ...], window: int) -> Any:
-        return real(pages, (*metadata[:4], torch.full_like(metadata[4], -1)), window)
 
-    patch.setattr(stitching, "_attending", attending)
+def own_rows_above(patch: pytest.MonkeyPatch) -> None:
+    def itself(tree_mask: Tensor, row_starts: Tensor, input_ids: Tensor) -> Tensor:
+        return torch.arange(input_ids.shape[1]) + row_starts.shape[0] - 1
+
+    patch.setattr(stitching, "tree_parents", itself)
+
+
+def tails_forgotten(patch: pytest.MonkeyPatch) -> None:
+    real = PagedEngine.bind
+    patch.setattr(PagedEngine, "bind", lambda self, batch: {n: 0 * x if n == "tails" else x for n, x in real(self, batch).items()})
+
+
+def tails_too_early(patch: pytest.MonkeyPatch) -> None:
+    def bind(self: Any, batch: Sequence[Rows]) -> dict[str, Tensor]:
+        self._tails |= self._new_tails
+        return real(self, batch)
+
+    real = PagedEngine.bind
+    patch.setattr(PagedEngine, "bind", bind)
 
 
 def permuted_weight(patch: pytest.MonkeyPatch) -> None:
@@ -501,20 +561,27 @@ SHAPES: dict[int, dict[str, int]] = {
     1: {"num_steps": 1, "topk": 3, "num_draft_tokens": 4},
     2: {"num_steps": 2, "topk": 2, "num_draft_tokens": 5},
     3: {"num_steps": 3, "topk": 1, "num_draft_tokens": 4},
+    4: {"num_steps": 4, "topk": 2, "num_draft_tokens": 8},
 }
+"""By number of steps; a head of four steps has two layers."""
 SABOTAGES: dict[str, tuple[int, Sabotage | None]] = {
     "nothing": (3, None),
     "nothing, one step": (1, None),
-    "a window that the head does not have": (1, narrow_window),
+    "a window that the head does not have": (1, instead_of_attending(lambda pools, metadata, window, skip: (pools, metadata, 3, skip))),
     "ancestors not seen": (3, instead_of_the_step(lambda tokens, hidden, masks: (tokens, hidden, own_bits(masks)))),
     "fed with the wrong hidden states": (3, instead_of_the_step(lambda tokens, hidden, masks: (tokens, hidden.roll(1, 1), masks))),
     "a weight permuted": (1, permuted_weight),
     "moves dropped": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (leaf, lengths, torch.full_like(moves, -1)))),
-    "moves dropped, one step": (1, no_moves_from_the_engine),
+    "moves dropped, one step": (1, instead_of_attending(without_moves)),
     "nothing walked": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (a[5][:-1].long(), lengths, moves))),
     "drafted rows over the walked ones": (2, instead_of_the_walk(lambda leaf, lengths, moves, *a: (leaf, a[4], moves))),
     "the rest of the prompt forgotten": (1, rest_of_the_prompt_forgotten),
     "too confident": (1, instead_of_the_draft(lambda tokens, parents, scores: (tokens, parents, 0.9 * scores))),
+    "nothing, two layers": (4, None),
+    "the first position seen": (4, instead_of_attending(lambda pools, metadata, window, skip: (pools, metadata, window, 0))),
+    "the row itself taken for the one above": (4, own_rows_above),
+    "tails forgotten": (4, tails_forgotten),
+    "tails of forwards that were not committed": (4, tails_too_early),
     "never the best token": (1, instead_of_the_draft(lambda tokens, parents, scores: (127 - tokens, parents, scores))),
 }
 
@@ -533,7 +600,8 @@ def test_a_graph_that_drafts_anything_else_does_not_serve(
 ) -> None:
     """It is refused for what it drafts, and tokens are stock's whatever happens."""
     steps, sabotage = SABOTAGES[case]
-    head = random_head(served, 0.2 + 0.001 * list(SABOTAGES).index(case))  # each case has a head of its own
+    noise = 0.2 + 0.001 * list(SABOTAGES).index(case)  # each case has a head of its own
+    head = random_head(served, noise, layers=2 if steps == 4 else 1)
     file = save_head(head, tmp_path)
     if sabotage is not None:
         sabotage(monkeypatch)

@@ -3,6 +3,7 @@ plain Python that knows no tensors, no pages and no KV."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -190,26 +191,28 @@ def assert_is_grown(tree: DraftTree, scores: Sequence[float], expected: list[tup
 
 
 class Toy:
-    """A head whose hidden state is a number that stands for (sequence, path): it can't but notice rows and masks that don't fit."""
+    """A head whose hidden state is a number that stands for (sequence, layer, path): it can't but notice rows and masks that don't fit."""
 
-    def __init__(self, vocab: int, seed: int) -> None:
-        self.vocab, self.seed = vocab, seed
-        self.known: list[tuple[int, Path]] = []
+    def __init__(self, vocab: int, seed: int, layers: int = 1) -> None:
+        self.vocab, self.seed, self.layers = vocab, seed, layers
+        self.known: list[tuple[int, int, Path]] = []
         self.rows: list[int] = []
+        self.run: list[int] = []
 
-    def number(self, s: int, path: Path) -> int:
-        self.known.append((s, path))
+    def number(self, s: int, layer: int, path: Path) -> int:
+        self.known.append((s, layer, path))
         return len(self.known) - 1
 
-    def hidden(self, sequences: int) -> Tensor:
-        return torch.tensor([[[self.number(s, ())]] for s in range(sequences)])
+    def hidden(self, sequences: int) -> list[Tensor]:
+        return [torch.tensor([[[self.number(s, layer, ())]] for s in range(sequences)]) for layer in range(self.layers)]
 
     def share(self, s: int, path: Path) -> Tensor:
         generator = torch.Generator().manual_seed(hash((self.seed, s, path)) % 2**40)
         return (2 * torch.randn(self.vocab, generator=generator)).log_softmax(-1)
 
-    def step(self, tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
+    def step(self, layer: int, tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
         self.rows.append(tokens.shape[1])
+        self.run.append(layer)
         assert tokens.shape == masks.shape == hidden.shape[:2]
         out = []
         for s in range(tokens.shape[0]):
@@ -220,26 +223,35 @@ class Toy:
                 assert seen[-1] == row
                 assert all(words[j] & ~word == 0 for j in seen)  # what an ancestor sees
                 path = tuple(row_tokens[j] for j in seen)
-                assert self.known[hidden[s, row, 0]] == (s, path[:-1])  # fed with its parent's hidden state
-                out[-1].append([self.number(s, path)])
+                feeding = layer if len(path) > layer and layer == self.layers - 1 else layer - 1
+                assert self.known[hidden[s, row, 0]] == (s, feeding, path[:-1])  # its parent's hidden state
+                out[-1].append([self.number(s, layer, path)])
         return torch.tensor(out)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, layer: int) -> Tensor:
         """Log-probabilities and a constant of each row's own."""
-        rows = [[self.share(*self.known[number]) + number % 7 for (number,) in of_sequence] for of_sequence in hidden.tolist()]
+        rows: list[list[Tensor]] = []
+        for of_sequence in hidden.tolist():
+            rows.append([])
+            for (number,) in of_sequence:
+                s, made_by, path = self.known[number]
+                assert made_by == layer == min(len(path), self.layers - 1)
+                rows[-1].append(self.share(s, path) + number % 7)
         return torch.stack([torch.stack(of_sequence) for of_sequence in rows])
 
 
 @pytest.mark.parametrize("ids", [None, [2, 3, 5, 8, 13, 40, 41, 77, 90]], ids=["all tokens", "a draft vocabulary"])
-@pytest.mark.parametrize("steps", range(1, 5))
-def test_a_tree_is_the_most_probable_candidates_of_a_beam(steps: int, ids: list[int] | None) -> None:
+@pytest.mark.parametrize(("steps", "layers"), [(steps, layers) for steps in range(1, 5) for layers in range(1, steps + 1)])
+def test_a_tree_is_the_most_probable_candidates_of_a_beam(steps: int, layers: int, ids: list[int] | None) -> None:
     for number, shape in enumerate(s for s in SHAPES if s.num_steps == steps):
-        toy = Toy(12 if ids is None else len(ids), number)
-        drafted = draft(toy.hidden(3), toy.step, toy.logits, None if ids is None else torch.tensor(ids), shape)
+        toy = Toy(12 if ids is None else len(ids), number, layers)
+        logits = [functools.partial(toy.logits, layer=layer) for layer in range(layers)]
+        drafted = draft(toy.hidden(3), toy.step, logits, None if ids is None else torch.tensor(ids), shape)
         tokens, parents, scores = drafted
         assert tokens.shape == parents.shape == scores.shape == (3, shape.nodes)
         assert (tokens.dtype, parents.dtype, scores.dtype) == (torch.int64, torch.int64, torch.float32)
         assert toy.rows == [d * shape.topk for d in range(1, steps)]
+        assert toy.run == [min(d, layers - 1) for d in range(1, steps)]
         assert shape.rows == (toy.rows[-1] if toy.rows else 0)
         for s, tree in enumerate(trees(drafted)):
             DraftTree(tree.tokens, tree.parents, tree.probs)  # keeps the rules
@@ -256,10 +268,10 @@ def test_in_a_tie_parents_come_before_children(shape: TreeShape) -> None:
         out[..., 4] = 1000.0
         return out
 
-    def step(tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
+    def step(layer: int, tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
         return torch.zeros(*tokens.shape, 1)
 
-    tokens, parents, scores = draft(torch.zeros(1, 1, 1), step, logits, None, shape)
+    tokens, parents, scores = draft([torch.zeros(1, 1, 1)], step, [logits], None, shape)
     paths = paths_of(tokens[0].tolist(), parents[0].tolist())
     certain = [path for path, score in zip(paths, scores[0].tolist(), strict=True) if score == 0.0]
     assert certain == [(4,) * n for n in range(1, shape.num_steps + 1)]
@@ -270,9 +282,9 @@ def test_without_any_preference_a_tree_is_still_a_tree() -> None:
     for shape in SHAPES:
         for vocab in (1, 9) if shape.topk == 1 else (9,):
             tokens, parents, scores = draft(
-                torch.zeros(2, 1, 1),
-                lambda tokens, hidden, masks: torch.zeros(*tokens.shape, 1),
-                lambda hidden, vocab=vocab: torch.zeros(*hidden.shape[:2], vocab),
+                [torch.zeros(2, 1, 1)],
+                lambda layer, tokens, hidden, masks: torch.zeros(*tokens.shape, 1),
+                [lambda hidden, vocab=vocab: torch.zeros(*hidden.shape[:2], vocab)],
                 None,
                 shape,
             )
@@ -286,35 +298,62 @@ def test_without_any_preference_a_tree_is_still_a_tree() -> None:
 
 @torch.no_grad()
 def shares_from_scratch(head: MtpHead, hidden: Tensor, known: list[int], path: Path) -> Tensor:
-    """The head over all pairs of `known` (``hidden [len(known) - 1, H]``) and, token by token, over those of `path`: no KV, one mask."""
-    pairs, rows, token = known[1:], hidden, iter(path)
-    while True:
-        n = len(pairs)
-        i = torch.arange(n)
-        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - (head.window or n))
-        out = head(torch.tensor([pairs]), rows[None], None, i[None], mask[None, None])[0, -1:]
-        if (next_token := next(token, None)) is None:
-            logits = head.logits(out)[0]
-            return (logits if head.draft_ids is None else logits[head.draft_ids]).float().log_softmax(-1)
-        pairs, rows = [*pairs, next_token], torch.cat([rows, out])
+    """The head's layers over all pairs of `known` (``hidden [len(known) - 1, H]``) and, token by token, over those of `path`: no KV."""
+
+    def over(layer: MtpHead, pairs: list[int], rows: Tensor) -> Tensor:
+        i = torch.arange(len(pairs))
+        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - (layer.window or len(pairs)))
+        return layer(torch.tensor([pairs]), rows[None], None, i[None], mask[None, None])[0]
+
+    n, tokens, fed = len(known) - 1, [*known[1:], *path], hidden
+    last = min(len(path), len(head.chain) - 1)
+    for k, layer in enumerate(head.chain[: last + 1]):  # row t of layer k: what layer k - 1 made of row t, and the token k places on
+        rows = fed if k == 0 else out  # noqa: F821
+        out = over(layer, tokens[k : k + n], rows)
+    for count in range(n + 1, n + 1 + len(path) - last):  # the last layer again, behind its own
+        rows = torch.cat([rows, out[-1:]])
+        out = over(layer, tokens[last : last + count], rows)
+    logits = layer.logits(out[-1])
+    return (logits if head.draft_ids is None else logits[head.draft_ids]).float().log_softmax(-1)
 
 
-CASES = {
+def several_layers(target: Any, layers: int = 1) -> MtpHead:
+    head = random_head(target)
+    for i in range(1, layers):
+        head.further.append(random_head(target, seed=i))
+    return head
+
+
+CASES: dict[str, tuple[Any, ...]] = {
     "plain": (TreeShape(3, 4, 9), None, None),
     "chain": (TreeShape(4, 1, 5), None, None),
     "one step": (TreeShape(1, 5, 4), None, None),
     "window": (TreeShape(4, 2, 12), 3, None),
     "draft vocabulary": (TreeShape(3, 3, 12), None, list(range(1, VOCAB, 4))),
     "window and draft vocabulary": (TreeShape(3, 2, 7), 5, list(range(60, 20, -1))),
+    "two layers": (TreeShape(4, 2, 12), None, None, 2),
+    "three layers, window": (TreeShape(3, 3, 9), 4, None, 3),
+    "three layers, a chain": (TreeShape(5, 1, 6), None, list(range(1, VOCAB, 2)), 3),
+    "more layers than steps": (TreeShape(2, 2, 6), None, None, 3),
 }
+
+
+def within_depth(deepest: int, rng: random.Random) -> tuple[int, ...]:
+    """Parents of nine nodes, none of them deeper than `deepest`."""
+    parents, depths = list[int](), list[int]()
+    for i in range(9):
+        parent = rng.choice([p for p in range(-1, i) if p < 0 or depths[p] < deepest])
+        parents.append(parent)
+        depths.append(1 if parent < 0 else depths[parent] + 1)
+    return tuple(parents)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_drafted_trees_equal_a_recomputation_from_scratch(case: str) -> None:
-    shape, window, ids = CASES[case]
+    shape, window, ids, *layers = CASES[case]
     target, rng = tiny_target(), random.Random(case)
-    head = random_head(target)
-    head.window = window
+    head = several_layers(target, *layers)
+    head.chain[-1].window = window
     if ids is not None:
         head.restrict(torch.tensor(ids))
     drafter = MtpDrafter(head, shape)
@@ -340,7 +379,8 @@ def test_drafted_trees_equal_a_recomputation_from_scratch(case: str) -> None:
             assert drafter.scores(seq, tree).tolist() == pytest.approx(scores, abs=2e-3)
             # A tree of somebody else's, with improbable tokens, deeper than the head drafts; and what is asked leaves no trace.
             allowed = ordered or list(range(VOCAB))
-            parents = tuple(rng.randrange(-1, i) for i in range(9))
+            deepest = 9 if len(head.chain) <= shape.num_steps else shape.num_steps
+            parents = within_depth(deepest, rng)
             other = DraftTree(tuple(rng.sample(allowed, 9)), parents, (1.0,) * 9)
             expected = []
             for path, parent in zip(paths_of(other.tokens, parents), parents, strict=True):
@@ -354,24 +394,22 @@ def test_drafted_trees_equal_a_recomputation_from_scratch(case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "max_nodes", "chains_only", "expected"),
+    ("options", "max_nodes", "expected"),
     [
-        ({}, 15, False, (3, 4, 8)),
-        ({}, 4, False, (3, 4, 5)),
-        ({}, 15, True, (3, 1, 4)),
-        ({"num_steps": 20}, 63, False, (20, 3, 8)),
-        ({"num_steps": 63}, 63, False, (63, 1, 64)),
-        ({"topk": 1}, 15, False, (3, 1, 4)),
-        ({"topk": 1, "num_steps": 30}, 15, False, (30, 1, 16)),
-        ({"topk": 8, "num_steps": 8, "num_draft_tokens": 64}, 63, False, (8, 8, 64)),
-        ({"topk": 8, "num_steps": 8, "num_draft_tokens": 64}, 15, False, (8, 8, 16)),
-        ({"topk": 8, "num_steps": 2}, 15, True, (2, 1, 3)),
-        ({"num_draft_tokens": 3}, 15, True, (3, 1, 3)),
-        ({"num_draft_tokens": 2, "num_steps": 1}, 1, False, (1, 4, 2)),
+        ({}, 15, (3, 4, 8)),
+        ({}, 4, (3, 4, 5)),
+        ({"num_steps": 20}, 63, (20, 3, 8)),
+        ({"num_steps": 63}, 63, (63, 1, 64)),
+        ({"topk": 1}, 15, (3, 1, 4)),
+        ({"topk": 1, "num_steps": 30}, 15, (30, 1, 16)),
+        ({"topk": 8, "num_steps": 8, "num_draft_tokens": 64}, 63, (8, 8, 64)),
+        ({"topk": 8, "num_steps": 8, "num_draft_tokens": 64}, 15, (8, 8, 16)),
+        ({"num_draft_tokens": 3, "topk": 1}, 15, (3, 1, 3)),
+        ({"num_draft_tokens": 2, "num_steps": 1}, 1, (1, 4, 2)),
     ],
 )
-def test_shapes_follow_the_options(options: dict[str, Any], max_nodes: int, chains_only: bool, expected: tuple[int, int, int]) -> None:
-    shape = MtpOptions(**options).shape(max_nodes, chains_only)
+def test_shapes_follow_the_options(options: dict[str, Any], max_nodes: int, expected: tuple[int, int, int]) -> None:
+    shape = MtpOptions(**options).shape(max_nodes)
     assert shape == TreeShape(*expected)
     assert 1 <= shape.nodes <= max_nodes
     assert shape.rows < 64

@@ -106,6 +106,13 @@ def test_windows_softcaps_and_sinks(window: int, softcap: float, sinks: bool, sp
 
 
 @interpreted
+@pytest.mark.parametrize("skip", [1, 3, 80])
+def test_what_stands_before_skip_is_seen_by_none_behind_it(skip: int) -> None:
+    shape = Shape(1, 4, 8, 16, 16, 40, dtype=torch.float32, skip=skip)
+    assert_triton_agrees(make_batch(shape, [70, 0, 1], [TREE, TREE, causal_run(90)], skip), config(splits=2))
+
+
+@interpreted
 @pytest.mark.parametrize("share", [1, 3, 4, 7, 8])
 def test_queries_of_a_group_share_blocks(share: int) -> None:
     assert_triton_agrees(make_batch(Shape(2, share, 8, 8, 16, 9, dtype=torch.float32), *MIXED, share), config(splits=2))
@@ -320,7 +327,7 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program may take, by capability."""
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (16, 16)]
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-EVERYTHING = {"window": 512, "softcap": 30.0, "sinks": True}
+EVERYTHING = {"window": 512, "softcap": 30.0, "sinks": True, "skip": 2}
 ROWS = [1, 8, 16, 2048]
 """Rows of one sequence: with four heads a group they take each BLOCK_M that there is."""
 
@@ -347,7 +354,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
 
     def run(
         capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, mask: bool = True, page_size: int = 64,
-        window: int = 0, softcap: float = 0.0, sinks: bool = False, share: int = 4, config: Config | None = None,
+        window: int = 0, softcap: float = 0.0, sinks: bool = False, skip: int = 0, share: int = 4, config: Config | None = None,
     ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
         monkeypatch.setattr(triton_attention, "_device", lambda device: {"capability": capability, "processors": 132})
         noted.clear()
@@ -358,7 +365,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
             new(rows, groups * share, dk, dtype=dtype), new(rows, groups, dk, dtype=dtype), new(rows, groups, dv, dtype=dtype),
             new(rows, dtype=torch.int64) if mask else None, integers(1, 4096 // page_size), integers(1), integers(2),
             new(2, 16, dtype=torch.int64), new(128, page_size, groups, dk, dtype=dtype), new(128, page_size, groups, dv, dtype=dtype),
-            dk**-0.5, window, softcap, new(groups * share, dtype=dtype) if sinks else None, config,
+            dk**-0.5, window, softcap, new(groups * share, dtype=dtype) if sinks else None, skip, config,
         )  # fmt: skip
         return list(noted)
 

@@ -19,10 +19,11 @@ class Attention {
   };
 
   Attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Batch& batch, Tensor& out, float scale, int64_t window,
-            float softcap, const float* sinks)
+            float softcap, const float* sinks, int64_t skip)
       : b(batch), Q(q.const_data_ptr<T>()), K(k_pages.const_data_ptr<T>()), V(v_pages.const_data_ptr<T>()), O(out.mutable_data_ptr<T>()),
         heads(q.size(1)), dk(q.size(2)), dv(v_pages.size(3)), page(k_pages.size(1)), groups(k_pages.size(2)), share(heads / groups),
-        slot_k(groups * dk), slot_v(groups * dv), window(window), scale(scale), softcap(softcap), sinks(sinks) {
+        slot_k(groups * dk), slot_v(groups * dv), window(window), scale(scale), softcap(softcap), sinks(sinks),
+        skip(skip) {
 #ifdef SPECFX_AMX
     tiles = std::is_same_v<T, at::BFloat16> && dk % 32 == 0 && dv % 16 == 0 && page % 16 == 0 && has_tiles();
 #endif
@@ -114,11 +115,15 @@ class Attention {
     if (window > 0)
       for (int64_t i = 0; i < kLanes; ++i)
         for (int64_t j = from; j < std::min(length, standing[i] - window + 1); ++j) line(j)[i] = kHidden;
+    for (int64_t i = 0; i < kLanes; ++i)
+      if (standing[i] >= skip)
+        for (int64_t j = from; j < std::min(length, skip); ++j) line(j)[i] = kHidden;
     for (int64_t r = std::max<int64_t>(0, from - length); r < keys - length; ++r) {
       const int64_t stands = length + b.depth(row0 + r, r, rows);
       for (int64_t i = 0; i < kLanes; ++i) {
         const bool ancestor = causal ? r <= row_of[i] : (b.mask[row0 + row_of[i]] >> r) & 1;
-        if (!ancestor || (window > 0 && stands <= standing[i] - window)) line(length + r)[i] = kHidden;
+        const bool skipped = stands < skip && standing[i] >= skip;
+        if (!ancestor || skipped || (window > 0 && stands <= standing[i] - window)) line(length + r)[i] = kHidden;
       }
     }
     Vec top = Vec{} + kHidden;
@@ -242,6 +247,7 @@ class Attention {
   const int64_t heads, dk, dv, page, groups, share, slot_k, slot_v, window;
   const float scale, softcap;
   const float* sinks;
+  const int64_t skip;
   bool tiles = false;
   // of the present item
   Item item;
@@ -275,7 +281,7 @@ inline void append(const Tensor& rows, Tensor& pages, const Batch& b, const Tens
 
 inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& tree_mask, const Tensor& page_table,
                        const Tensor& lengths, const Tensor& row_starts, const Tensor& moves, Tensor k_pages, Tensor v_pages, double scale,
-                       int64_t window, double softcap, const std::optional<Tensor>& sinks) {
+                       int64_t window, double softcap, const std::optional<Tensor>& sinks, int64_t skip) {
   TORCH_CHECK(k_pages.is_contiguous() && v_pages.is_contiguous() && moves.is_contiguous(), "specfx::tree_attention_: pools and moves must be contiguous");
   for (const Tensor& x : {k_, v_, k_pages, v_pages})
     TORCH_CHECK(x.scalar_type() == q_.scalar_type(), "specfx::tree_attention_: q is ", q_.scalar_type(), ", k, v or a pool is ", x.scalar_type());
@@ -289,7 +295,8 @@ inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& 
   std::optional<Tensor> extra;
   if (sinks.has_value()) extra = sinks->to(at::kFloat).contiguous();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "tree_attention_", [&] {
-    const Attention<scalar_t> first(q, k_pages, v_pages, b, out, scale, window, softcap, extra ? extra->const_data_ptr<float>() : nullptr);
+    const Attention<scalar_t> first(q, k_pages, v_pages, b, out, scale, window, softcap, extra ? extra->const_data_ptr<float>() : nullptr,
+                                    skip);
     const auto items = first.items();
     at::parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
       Attention<scalar_t> attention(first);
@@ -306,6 +313,21 @@ inline Tensor tree_positions(const std::optional<Tensor>& tree_mask, const Tenso
   for (int64_t s = 0; s < b.sequences; ++s) {
     const int64_t rows = b.starts[s + 1] - b.starts[s];
     for (int64_t i = 0; i < rows; ++i) position[b.starts[s] + i] = b.lengths[s] + b.depth(b.starts[s] + i, i, rows);
+  }
+  return out;
+}
+
+inline Tensor tree_parents(const std::optional<Tensor>& tree_mask, const Tensor& row_starts, const Tensor& input_ids) {
+  const Batch b = view(tree_mask, Tensor(), row_starts, row_starts);
+  const int64_t sequences = row_starts.size(0) - 1;
+  Tensor out = at::empty({input_ids.size(1)}, input_ids.options().dtype(at::kLong));
+  int64_t* place = out.mutable_data_ptr<int64_t>();
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t begin = b.starts[s], rows = b.starts[s + 1] - begin;
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t parent = b.parent(begin + i, i, rows);
+      place[begin + i] = parent < 0 ? s : sequences + begin + parent;
+    }
   }
   return out;
 }

@@ -68,6 +68,11 @@ struct Batch {
   int64_t sequences, pages_a_sequence;
   bool causal(int64_t rows) const { return mask == nullptr || rows > kMaskBits; }
   int64_t depth(int64_t row, int64_t i, int64_t rows) const { return causal(rows) ? i : __builtin_popcountll(mask[row]) - 1; }
+  int64_t parent(int64_t row, int64_t i, int64_t rows) const {  // among the rows of the sequence, -1 for the first
+    if (causal(rows)) return i - 1;
+    const uint64_t above = static_cast<uint64_t>(mask[row]) & ((uint64_t{1} << i) - 1);
+    return above == 0 ? -1 : 63 - __builtin_clzll(above);
+  }
 };
 
 Batch view(const std::optional<Tensor>& mask, const Tensor& table, const Tensor& lengths, const Tensor& starts) {

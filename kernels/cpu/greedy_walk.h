@@ -23,11 +23,7 @@ inline std::tuple<Tensor, Tensor, Tensor> greedy_walk(const Tensor& input_ids, c
     };
     int64_t last = 0, walked = 1;
     for (int64_t row = 1; row < rows; ++row) {
-      int64_t parent = row - 1;
-      if (!b.causal(rows)) {
-        const uint64_t above = static_cast<uint64_t>(b.mask[begin + row]) & ((uint64_t{1} << row) - 1);
-        parent = above == 0 ? -1 : 63 - __builtin_clzll(above);
-      }
+      const int64_t parent = b.parent(begin + row, row, rows);
       if (parent != last || token[begin + row] != choice[begin + parent]) continue;
       last = row;
       if (walked != row) from[begin + row] = slot(row), to[begin + row] = slot(walked);

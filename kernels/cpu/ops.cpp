@@ -19,6 +19,7 @@ extern "C" int specfx_has_packed_linear() {
 TORCH_LIBRARY_IMPL(specfx, CPU, m) {
   m.impl("tree_attention_", &specfx::tree_attention_);
   m.impl("tree_positions", &specfx::tree_positions);
+  m.impl("tree_parents", &specfx::tree_parents);
   m.impl("greedy_walk", &specfx::greedy_walk);
   m.impl("keyed_sample", &specfx::keyed_sample);
 #ifdef SPECFX_AMX

@@ -8,9 +8,8 @@ those steps hold guesses and are dropped before `propose` returns, so nothing of
 That is the reference. Where the head could be stitched into the target's graph (`specfx.engines.drafting`), the forward that verified
 the last draft has made the next one already: `accept` is handed it, and `propose` hands it on.
 
-In a head of several layers, layer k makes draft step k (the last one also all later steps), over pairs of layer k - 1's hidden state
-at row t and x_{t+k+1}. Its last k rows hold drafted tokens: they too are dropped, and made anew when the true tokens are known. Such
-heads draft chains.
+Layer k of a head of several layers has pairs of layer k - 1's hidden state at row t and x_{t+k+1}: while n pairs are committed, n - k of its
+own are, and the rows of its draft stand behind those.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from torch import nn
 
 from specfx.drafters.mtp_head import HeadKV, MtpHead, load_head
 from specfx.drafters.mtp_tree import draft, trees
-from specfx.errors import Reason, Refusal
+from specfx.errors import Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
@@ -47,24 +46,20 @@ class _Sequence:
 
     kvs: for each layer of the head. waiting: for each layer, in pieces ``[1, n, H]``, the inputs of the rows that it has not run over
     for good. tokens: the tokens that those rows are paired with, from pair `base` on; ``base + len(tokens)`` pairs are known.
+    last: for each layer its hidden state ``[1, 1, H]`` at its last committed pair, valid while no pair waits.
     """
 
     prompt: Sequence[int]
     kvs: list[HeadKV]
     waiting: list[list[torch.Tensor]]
+    last: list[torch.Tensor]
     tokens: list[int] = field(default_factory=list)
     base: int = 0
-    last: torch.Tensor | None = None
-    """``[1, 1, H]``: the first layer's hidden state at the last committed pair, valid while no pair waits."""
     started: bool = False
     ready: DraftTree | None = None
     """The draft that the graph has made."""
     drafted: int | None = None
     """Most probable first token of the last draft, until it is known whether it was right."""
-
-    @property
-    def kv(self) -> HeadKV:
-        return self.kvs[0]
 
     @property
     def pairs(self) -> int:
@@ -73,7 +68,7 @@ class _Sequence:
 
 @dataclass(frozen=True, eq=False)
 class Drafting:
-    """What can be stitched into the target's graph: a head of one layer, and the shape of its trees."""
+    """What can be stitched into the target's graph: a head, and the shape of its trees."""
 
     head: MtpHead
     shape: TreeShape
@@ -94,15 +89,11 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
     head = load_head(options.head, target, options.draft_vocab)
     head.try_out(target)
-    layers, shape = len(head.chain), options.shape(max_nodes, len(head.chain) > 1)
+    shape = options.shape(max_nodes)
     if head.draft_ids is not None:
         shape = replace(shape, topk=min(shape.topk, len(head.draft_ids)))
     origin = f"{options.head}" if options.head else "in the target's checkpoint"
-    drafter = MtpDrafter(head, shape, origin, options.min_token_prob)
-    if layers > 1 and (options.topk or 1) > 1:
-        detail = f"a head of {layers} layers drafts chains: topk={options.topk} is taken as 1"
-        drafter.refusals.append(Refusal("mtp trees", Reason.DRAFTS_CHAINS, detail, "topk=1"))
-    return drafter
+    return MtpDrafter(head, shape, origin, options.min_token_prob)
 
 
 class MtpDrafter:
@@ -118,11 +109,9 @@ class MtpDrafter:
 
     def __init__(self, head: MtpHead, shape: TreeShape, origin: str = "given", floor: float = 0.0) -> None:
         self.head, self.shape, self._origin, self._floor = head, shape, origin, floor
+        self.layers = head.chain[: shape.num_steps]
         self.refusals: list[Refusal] = []
-        self.drafting = Drafting(head, shape) if len(head.chain) == 1 else None
-        if self.drafting is None:
-            detail = f"a head of {len(head.chain)} layers is run beside the graph, in eager PyTorch"
-            self.refusals.append(Refusal("mtp drafting", Reason.DRAFTING_APART, detail))
+        self.drafting = Drafting(head, shape)
         self._sequences: dict[int, _Sequence] = {}
         self._right: deque[bool] = deque(maxlen=_JUDGED)
         self._rests, self._warned, self._steps_rested = False, False, 0
@@ -130,8 +119,9 @@ class MtpDrafter:
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} is already in use")
-        layers = self.head.chain
-        self._sequences[seq] = _Sequence(list(prompt), [HeadKV() for _ in layers], [[] for _ in layers])
+        nothing = torch.zeros(1, 1, self.head.hidden_size, dtype=self.head.dtype, device=self.head.device)
+        n = len(self.layers)
+        self._sequences[seq] = _Sequence(list(prompt), [HeadKV() for _ in range(n)], [[] for _ in range(n)], [nothing] * n)
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: torch.Tensor | None, drafted: DraftTree | None = None) -> None:
         """See `Drafter.accept`. `hidden` is copied: its buffer may be used again. Fewer rows than the prompt's are right after
@@ -177,99 +167,73 @@ class MtpDrafter:
             return state.ready.pruned(self._floor).truncated(budget)
         if budget < 1 or not state.started:
             return EMPTY_TREE
-        tree = self._tree(state) if len(self.head.chain) == 1 else self._chain(state, min(self.shape.num_steps, self.shape.nodes))
+        tree = self._tree(state)
         state.drafted = tree.tokens[0]
         return tree.pruned(self._floor).truncated(budget)
 
     def _tree(self, state: _Sequence) -> DraftTree:
-        """The one layer of the head, used for every step."""
-        hidden, _ = self._catch_up(state, 0, [], [])
-        state.tokens, state.base = [], state.kv.length
-
-        def step(tokens: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-            return self._behind(state.kv, tokens, hidden, masks)
-
-        return trees(draft(hidden, step, self.head.draft_logits, self.head.draft_ids, self.shape))[0]
+        self._catch_up(state)
+        logits = [layer.draft_logits for layer in self.layers]
+        return trees(draft(state.last, functools.partial(self._behind, state), logits, self.head.draft_ids, self.shape))[0]
 
     @torch.no_grad()
     def scores(self, seq: int, tree: DraftTree) -> torch.Tensor:
-        """Logarithms of the path probabilities that the head gives the nodes of `tree`, ``[n]``, whoever drafted it. (One layer only.)"""
-        state, device = self._sequences[seq], self.head.device
-        leaf, _ = self._catch_up(state, 0, [], [])
-        state.tokens, state.base = [], state.kv.length
+        """Logarithms of the path probabilities that the head gives the nodes of `tree`, ``[n]``, whoever drafted it."""
+        state, device, last = self._sequences[seq], self.head.device, len(self.layers) - 1
+        self._catch_up(state)
         tokens, parents = torch.tensor([tree.tokens], device=device), torch.tensor(tree.parents, device=device)
         masks = torch.tensor([[m >> 1 for m in tree.ancestor_masks()[1:]]], device=device)
-        behind = leaf.expand(-1, len(tree), -1)  # each node's parent's hidden state; one level more is right in each round
-        for _ in range(max(tree.depths()) - 1):
-            out = self._behind(state.kv, tokens, behind, masks)
-            behind = torch.where((parents < 0)[None, :, None], leaf, out[:, parents.clamp(min=0)])
-        shares = self.head.draft_logits(behind)[0].float().log_softmax(-1)
-        places = tokens[0] if self.head.draft_ids is None else torch.searchsorted(self.head.draft_ids, tokens[0])
-        own = shares.gather(1, places[:, None])[:, 0].tolist()
+        depths = torch.tensor(tree.depths()[1:], device=device)
+
+        def above(first: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:  # each node's parent's hidden state
+            return torch.where((parents < 0)[None, :, None], first, rest[:, parents.clamp(min=0)])
+
+        made = [above(state.last[0], state.last[0].expand(-1, len(tree), -1))]  # by each layer, at each node's parent
+        for k in range(1, last + 1):
+            made.append(above(state.last[k], self._behind(state, k, tokens, made[-1], masks)))
+        for _ in range(max(tree.depths()) - 1):  # the last layer again, fed with its own: one level more is right in each round
+            fed = torch.where((depths <= last)[None, :, None], made[last - 1] if last else made[0], made[last])
+            out = self._behind(state, last, tokens, fed, masks)
+            made[last] = above(state.last[last], out)
         paths: list[float] = []
-        for share, parent in zip(own, tree.parents, strict=True):
+        for node, parent in enumerate(tree.parents):
+            layer = min(int(depths[node]) - 1, last)
+            shares = self.layers[layer].draft_logits(made[layer][:, node])[0].float().log_softmax(-1)
+            ids = self.head.draft_ids
+            share = shares[tokens[0, node] if ids is None else torch.searchsorted(ids, tokens[0, node])].item()
             paths.append(share + (paths[parent] if parent >= 0 else 0.0))
         return torch.tensor(paths)
 
-    def _behind(self, kv: HeadKV, tokens: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        """The head over a tree's rows ``[1, R]`` behind the committed pairs, which leave no trace in `kv`."""
+    def _behind(self, state: _Sequence, k: int, tokens: torch.Tensor, hidden: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        """Layer `k` over a tree's rows ``[1, R]`` behind the committed pairs, which leave no trace. (See `Step`.)"""
+        layer, kv = self.layers[k], state.kvs[k]
         start, rows = kv.length, tokens.shape[1]
-        index = torch.arange(rows, device=tokens.device)
-        ancestors = (masks[0][:, None] >> index) & 1 != 0
-        positions = start + ancestors.sum(1) - 1
-        visible = torch.cat([ancestors.new_ones(rows, start), ancestors], 1)
-        if self.head.window is not None:
+        ancestors = (masks[0][:, None] >> torch.arange(rows, device=tokens.device)) & 1 != 0
+        levels = ancestors.sum(1) - max(k - state.pairs, 0)  # behind fewer than k pairs the first levels stand for nothing
+        real = (levels > 0).nonzero()[:, 0]
+        positions = start + levels[real] - 1
+        visible = torch.cat([ancestors.new_ones(len(real), start), ancestors[real][:, real]], 1)
+        if layer.window is not None:
             standing = torch.cat([torch.arange(start, device=tokens.device), positions])
-            visible &= standing > positions[:, None] - self.head.window
-        out = self.head(tokens, hidden, kv, positions[None], visible[None, None])
+            visible &= standing > positions[:, None] - layer.window
+        out = layer(tokens[:, real], hidden[:, real], kv, positions[None], visible[None, None])
         kv.length = start
-        return out
+        return torch.zeros_like(hidden).index_copy(1, real, out)
 
-    def _chain(self, state: _Sequence, steps: int) -> DraftTree:
-        """Several layers, one for each of the first steps."""
-        layers = self.head.chain
-        tokens: list[torch.Tensor] = []
-        probs: list[torch.Tensor] = []
-        guesses: list[torch.Tensor] = []  # inputs of the next layer's rows that hang on drafted tokens
-        for i in range(steps):
-            k = min(i, len(layers) - 1)
-            if i == k:  # a layer's first step catches up with what was committed; its last row drafts
-                hidden, guesses = self._catch_up(state, k, tokens, guesses)
-            else:
-                hidden = layers[k](tokens[-1], hidden, state.kvs[k])
-            logits = layers[k].draft_logits(hidden)[:, -1].float()  # [1, V]
-            best, token = logits.max(dim=-1)
-            token = token if self.head.draft_ids is None else self.head.draft_ids[token]
-            tokens.append(token[None])  # stays on the device: nothing waits for it before the chain is done
-            probs.append((best - logits.logsumexp(dim=-1)).exp())
-        for k, kv in enumerate(state.kvs):
-            kv.length = min(kv.length, max(state.pairs - k, 0))
-        done = min(kv.length + k for k, kv in enumerate(state.kvs)) - state.base
-        if done > 0:
-            state.tokens, state.base = state.tokens[done:], state.base + done
-        chain = torch.cat(tokens, dim=1)[0].tolist()
-        path = torch.cat(probs).clamp(max=1.0).cumprod(0).tolist()
-        return DraftTree.chain(chain, path)
-
-    def _catch_up(
-        self, state: _Sequence, k: int, drafted: list[torch.Tensor], guesses: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Run layer `k` over all rows that it lacks: (hidden state of the last row ``[1, 1, H]``, guessed inputs of layer k + 1)."""
-        kv, start = state.kvs[k], state.kvs[k].length
-        if start == state.pairs:  # only the first layer can have them all
-            assert state.last is not None
-            return state.last, []
-        known = torch.tensor([state.tokens[max(start + k - state.base, 0) :]], dtype=torch.long, device=self.head.device)
-        tokens = torch.cat([known, *drafted[max(k - (state.pairs - start), 0) :]], dim=1)  # row t is paired with x_{t+k+1}
-        out = self.head.chain[k](tokens, torch.cat(state.waiting[k] + guesses, dim=1), kv)
-        final = max(state.pairs - k, 0) - start
-        rest = torch.cat(state.waiting[k], dim=1)[:, final:] if state.waiting[k] else None
-        state.waiting[k] = [rest] if rest is not None and rest.shape[1] else []
-        if k + 1 < len(state.kvs) and final > 0:
-            state.waiting[k + 1].append(out[:, :final])
-        if k == 0:
-            state.last = out[:, -1:]
-        return out[:, -1:], [out[:, final:]] if final < out.shape[1] else []
+    def _catch_up(self, state: _Sequence) -> None:
+        """Run each layer over the pairs that were committed since."""
+        for k, (layer, kv) in enumerate(zip(self.layers, state.kvs, strict=True)):
+            count = max(state.pairs - k, 0) - kv.length
+            if count <= 0:
+                continue
+            tokens = torch.tensor([state.tokens[kv.length + k - state.base :]], dtype=torch.long, device=self.head.device)
+            waiting = torch.cat(state.waiting[k], dim=1)
+            out = layer(tokens, waiting[:, :count], kv)
+            state.waiting[k] = [waiting[:, count:]] if count < waiting.shape[1] else []
+            state.last[k] = out[:, -1:]
+            if k + 1 < len(self.layers):
+                state.waiting[k + 1].append(out)
+        state.tokens, state.base = [], state.pairs
 
     def _judge(self, state: _Sequence, token: int) -> None:
         """Note whether the last draft's first token was right, and stop or begin drafting accordingly."""

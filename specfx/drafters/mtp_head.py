@@ -275,10 +275,15 @@ class MtpHead(nn.Module):
         fits = ids.dim() == 1 and ids.dtype == torch.int64 and 0 < len(ids) == len(ids.unique()) and 0 <= ids.min() <= ids.max() < size
         if not fits:
             raise HeadError(f"a draft vocabulary must be different int64 ids [N] below {size}, got {ids.dtype} {_shape(ids)}")
+        chosen = ids.sort().values.to(self.device)
         for step in self.chain:
             own: Any = step._unregistered[1]
-            step.draft_ids, bias = ids.sort().values.to(self.device), getattr(own, "bias", None)
-            step.draft_weight, step.draft_bias = own.weight[step.draft_ids], None if bias is None else bias[step.draft_ids]
+            step.draft_ids = chosen
+            if step is not self and own is lm_head:  # one copy for all layers
+                step.draft_weight, step.draft_bias = self.draft_weight, self.draft_bias
+                continue
+            bias = getattr(own, "bias", None)
+            step.draft_weight, step.draft_bias = own.weight[chosen], None if bias is None else bias[chosen]
 
     @torch.no_grad()
     def try_out(self, target: nn.Module) -> None:

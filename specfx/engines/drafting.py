@@ -2,12 +2,16 @@
 
 What is traced is a few lines around `specfx.drafters.mtp_tree.draft`, so the graph drafts what the eager reference drafts:
 
-1. The pairs (hidden state, chosen token) of *all* rows of the forward go through the head as one more decoder layer, with the target's
-   tree mask, positions and page table: the head's KV is one more layer of the pool, and is rolled back with it.
-2. `specfx::greedy_walk` finds the rows that greedy decoding accepts. The first draft step moves their keys and values to their places,
-   so the next forward has nothing to move in this layer (with one step only, that is left to it).
+1. The pairs (hidden state, chosen token) of *all* rows of the forward go through each layer of the head as one more decoder layer, with the
+   target's tree mask and page table: the head's KV are further layers of the pool, and are rolled back with it.
+2. `specfx::greedy_walk` finds the rows that greedy decoding accepts. A layer's first draft step moves their keys and values to their
+   places, so the next forward has nothing to move in it (where it makes no step behind the pairs, that is left to the next forward).
 3. Behind each walk's last row the tree is drafted. Its rows stand in the pages behind the committed ones, where the next forward's
    overwrite them.
+
+Layer k > 0 pairs the token chosen behind a row with what layer k - 1 made of the row *above* it. So its row at position p is the pair
+number p - k; it is stored at p all the same, and the first k positions, which stand for no pair, are skipped by its attention. The row above a
+sequence's first row was committed in an earlier forward: what the layers made of that one, the sequence's *tail*, goes from call to call.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +33,8 @@ from specfx.drafters.mtp_head import MtpHead
 from specfx.drafters.mtp_tree import draft
 from specfx.errors import CaptureError
 from specfx.kernels.greedy_walk import greedy_walk
-from specfx.kernels.tree_attention import tree_attention_, tree_positions
+from specfx.kernels.tree_attention import tree_attention_, tree_parents, tree_positions
+from specfx.passes.mtp_head import TAILS
 from specfx.runtime.tree import TreeShape
 
 HEAD_ATTENTION = "specfx_head_attention"
@@ -41,15 +46,17 @@ class _Bound(threading.local):
     pages: tuple[Tensor, Tensor] | None = None
     metadata: tuple[Tensor, ...] = ()
     window: int = 0
-    seen: tuple[Tensor, Tensor]
+    skip: int = 0
+    seen: list[Tensor]
 
 
 _bound = _Bound()
 
 
 @contextmanager
-def _attending(pages: tuple[Tensor, Tensor], metadata: tuple[Tensor, ...], window: int) -> Iterator[None]:
-    _bound.pages, _bound.metadata, _bound.window = pages, metadata, window
+def _attending(pools: Sequence[Tensor], metadata: tuple[Tensor, ...], window: int, skip: int) -> Iterator[None]:
+    """Within the block a layer attends over the first two of `pools`."""
+    _bound.pages, _bound.metadata, _bound.window, _bound.skip = (pools[0], pools[1]), metadata, window, skip
     try:
         yield
     finally:
@@ -72,23 +79,23 @@ def _head_attention(
     """transformers' attention interface, over pages. The window is the head's, whatever the layer says (as in `MtpHead`)."""
     refuse_strange_attention(module, attention_mask, more)
     if _bound.pages is None:
-        _bound.seen = key, value
+        _bound.seen += [key, value]
         return query.new_zeros(*query.transpose(1, 2).shape[:3], value.shape[3]), None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     rows = [x.transpose(1, 2)[0] for x in (query, key, value)]
-    out = tree_attention_(*rows, *_bound.metadata, *_bound.pages, scale, _bound.window, softcap or 0.0, s_aux)
+    out = tree_attention_(*rows, *_bound.metadata, *_bound.pages, scale, _bound.window, softcap or 0.0, s_aux, _bound.skip)
     return out[None], None
 
 
 class _DraftStep(nn.Module):
     """What is traced. Inputs as in `specfx.kernels.tree_attention`, and next_ids ``[T]``: the token behind each row, -1 where the target
-    chooses it; hidden ``[1, T, H]`` and argmax ``[R]`` (of the rows `logit_rows`) of the target."""
+    chooses it; hidden ``[1, T, H]`` and argmax ``[R]`` (of the rows `logit_rows`) of the target; tails ``[S, layers - 1, H]``, None with one
+    layer; pools: k and v pages of each layer. Outputs as `draft`'s and, with several layers, the new tails."""
 
     def __init__(self, head: MtpHead, shape: TreeShape, page_size: int) -> None:
         super().__init__()
         self.head, self.shape, self.page_size = head, shape, page_size
-        embed, lm_head, rotary, final_norm = head._unregistered  # what is not registered would be copied
-        self.embed, self.lm_head, self.rotary, self.final_norm = embed, lm_head, rotary, final_norm
+        self.parts = nn.ModuleList([part for layer in head.chain for part in layer._unregistered])  # else their weights would be copied
 
     def forward(
         self,
@@ -102,30 +109,43 @@ class _DraftStep(nn.Module):
         lengths: Tensor,
         row_starts: Tensor,
         moves: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        tails: Tensor | None,
+        *pools: Tensor,
     ) -> tuple[Tensor, ...]:
-        head, pages, window = self.head, (k_pages, v_pages), self.head.window or 0
+        layers = self.head.chain[: self.shape.num_steps]
         known = next_ids.index_select(0, logit_rows)
         chosen = next_ids.index_copy(0, logit_rows, torch.where(known < 0, argmax, known))
         leaf, committed, own_moves = greedy_walk(input_ids, chosen, tree_mask, page_table, lengths, row_starts, self.page_size)
         nothing = torch.full((2, 1), -1, dtype=torch.int64, device=input_ids.device)
-        first_moves = moves if self.shape.num_steps == 1 else nothing
         positions = tree_positions(tree_mask, lengths, row_starts, input_ids)
-        with _attending(pages, (tree_mask, page_table, lengths, row_starts, first_moves), window):
-            pairs = head.over(chosen[None], head.take(hidden), positions, None, None)
-        waiting = [own_moves]
+        fed, made, new_tails = self.head.take(hidden), [], []
+        for k, layer in enumerate(layers):
+            drafts = k > 0 or (len(layers) == 1 and self.shape.num_steps > 1)
+            first_moves = nothing if drafts else moves
+            with _attending(pools[2 * k :], (tree_mask, page_table, lengths, row_starts, first_moves), layer.window or 0, k):
+                pairs = layer.over(chosen[None], fed, (positions - k).clamp(min=0) if k else positions, None, None)
+            made.append(pairs[0].index_select(0, leaf)[:, None])
+            if k + 1 < len(layers):
+                assert tails is not None
+                new_tails.append(made[k])
+                above = torch.cat([tails[:, k], pairs[0]]).index_select(0, tree_parents(tree_mask, row_starts, input_ids))
+                fed = above[None]
+        waiting = [[own_moves] for _ in layers]
 
-        def step(tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
+        def step(k: int, tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
             sequences, rows = tokens.shape
             starts = torch.arange(sequences + 1, dtype=torch.int32, device=tokens.device) * rows
             flat, mask = tokens.reshape(1, -1), masks.reshape(-1)
             positions = tree_positions(mask, committed, starts, flat)
-            with _attending(pages, (mask, page_table, committed, starts, waiting.pop() if waiting else nothing), window):
-                out = head.over(flat, hidden.reshape(1, -1, hidden.shape[2]), positions, None, None)
+            if k:
+                positions = (positions - k).clamp(min=0)
+            metadata = (mask, page_table, committed, starts, waiting[k].pop() if waiting[k] else nothing)
+            with _attending(pools[2 * k :], metadata, layers[k].window or 0, k):
+                out = layers[k].over(flat, hidden.reshape(1, -1, hidden.shape[2]), positions, None, None)
             return out.view(sequences, rows, -1)
 
-        return draft(pairs[0].index_select(0, leaf)[:, None], step, head.draft_logits, head.draft_ids, self.shape)
+        drafted = draft(made, step, [layer.draft_logits for layer in layers], self.head.draft_ids, self.shape)
+        return drafted if tails is None else (*drafted, torch.cat(new_tails, 1))
 
 
 def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
@@ -134,13 +154,14 @@ def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
     Raises `CaptureError`.
     """
     head, shape = _clone(drafting.head), drafting.shape
-    if len(head.chain) > 1:
-        raise CaptureError(f"a head of {len(head.chain)} layers is not stitched into the graph")
+    layers = head.chain[: shape.num_steps]
     like: dict[str, Any] = {"device": head.device}
     one = torch.zeros(1, 1, dtype=torch.long, **like)
     try:
+        _bound.seen = []
         with torch.no_grad():
-            head.over(one, torch.zeros(1, 1, head.hidden_size, dtype=head.dtype, **like), one, None, None)
+            for layer in layers:
+                layer.over(one, torch.zeros(1, 1, head.hidden_size, dtype=head.dtype, **like), one, None, None)
     except Exception as e:  # layers are the families' code
         raise CaptureError(f"the head's layer can't be driven by itself: {type(e).__name__}: {e}") from e
     sequences, rows, reads = 3, 11, 7
@@ -157,36 +178,43 @@ def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
         "lengths": ints(sequences),
         "row_starts": ints(sequences + 1),
         "moves": longs(2, 5),
-        **{
-            f"{name}_pages": torch.zeros(6, page_size, x.shape[1], x.shape[3], dtype=x.dtype, **like)
-            for name, x in zip("kv", _bound.seen, strict=True)
-        },
+        TAILS: torch.zeros(sequences, len(layers) - 1, head.hidden_size, dtype=head.dtype, **like) if len(layers) > 1 else None,
     }
+    pools = [torch.zeros(6, page_size, x.shape[1], x.shape[3], dtype=x.dtype, **like) for x in _bound.seen]
     t, s = torch.export.Dim("rows", min=1, max=1 << 20), torch.export.Dim("sequences", min=1, max=1 << 16)
     r, p, m, n = (torch.export.Dim(name, min=1, max=1 << 30) for name in ("reads", "width", "moved", "pages"))
     dynamic: dict[str, Any] = {name: {0: t} for name in ("next_ids", "tree_mask")} | {name: {1: t} for name in ("input_ids", "hidden")}
     dynamic |= {"argmax": {0: r}, "logit_rows": {0: r}, "page_table": {0: s, 1: p}, "lengths": {0: s}, "row_starts": {0: s + 1}}
-    dynamic |= {"moves": {1: m}, "k_pages": {0: n}, "v_pages": {0: n}}
+    dynamic |= {"moves": {1: m}, TAILS: {0: s} if len(layers) > 1 else None, "pools": tuple({0: n} for _ in pools)}
+    step = _DraftStep(head, shape, page_size)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(_DraftStep(head, shape, page_size), tuple(inputs.values()), dynamic_shapes=dynamic, strict=False)
+            program = torch.export.export(step, (*inputs.values(), *pools), dynamic_shapes=dynamic, strict=False)
     except CaptureError:
         raise
     except Exception as e:  # torch.export raises many kinds; all mean the same here
         raise CaptureError(f"the head: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e) else ''}") from e
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for i, node in enumerate(placeholders[len(inputs) :]):
+        node.target = node.name = f"{'kv'[i % 2]}_pages_{i // 2}"
+    if len(layers) == 1:  # exported as a placeholder without a value
+        module.graph.erase_node(placeholders[len(inputs) - 1])
+    module.recompile()
     return module
 
 
 def _clone(head: MtpHead) -> MtpHead:
     """A copy that shares the storage of all weights, the target's included, and attends over pages."""
     AttentionInterface.register(HEAD_ATTENTION, _head_attention)
-    memo = shared_storage(head) | {id(b): b for b in (head.draft_ids, head.draft_weight, head.draft_bias) if b is not None}
-    for shared in head._unregistered:
-        if isinstance(shared, nn.Module):
-            memo |= shared_storage(shared)
+    memo = shared_storage(head)
+    for layer in head.chain:
+        memo |= {id(b): b for b in (layer.draft_ids, layer.draft_weight, layer.draft_bias) if b is not None}
+        for shared in layer._unregistered:
+            if isinstance(shared, nn.Module):
+                memo |= shared_storage(shared)
     clone = copy.deepcopy(head, memo)
     for module in clone.modules():
         config = getattr(module, "config", None)

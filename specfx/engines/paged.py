@@ -19,7 +19,7 @@ from specfx.drafters.mtp_tree import trees
 from specfx.engines.base import Rows, RowsOutput
 from specfx.kernels.library import REFERENCES
 from specfx.passes.framework import calls, copy_module, placeholder
-from specfx.passes.mtp_head import NEXT_IDS
+from specfx.passes.mtp_head import NEXT_IDS, TAILS
 from specfx.runtime.kv_pool import KVPool, LayerShape
 from specfx.runtime.tree import MAX_ROWS
 
@@ -79,6 +79,10 @@ class PagedEngine:
         self.pool = KVPool(shapes, pools[0].meta["val"].shape[1], pool_size, device)
         self._selects = "logit_rows" in self.inputs
         self.drafts = NEXT_IDS in self.inputs
+        tails = placeholder(module, TAILS)
+        self._no_tail = None if tails is None else torch.zeros(tails.meta["val"].shape[1:], dtype=tails.meta["val"].dtype, device=device)
+        self._tails: dict[int, Tensor] = {}  # as of the last commit
+        self._new_tails: dict[int, Tensor] = {}  # as of the last forward
         self._device = device
         self.max_rows = most_rows(module)
 
@@ -91,12 +95,16 @@ class PagedEngine:
 
     def remove(self, seq: int) -> None:
         self.pool.remove(seq)
+        self._tails.pop(seq, None)
+        self._new_tails.pop(seq, None)
 
     def length(self, seq: int) -> int:
         return self.pool.length(seq)
 
     def commit(self, seq: int, rows: Sequence[int]) -> None:
         self.pool.commit(seq, rows)
+        if rows and seq in self._new_tails:
+            self._tails[seq] = self._new_tails.pop(seq)
 
     def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._device)
@@ -132,6 +140,7 @@ class PagedEngine:
             logit_rows += [end - 1] if rows.last_only else range(start, end)
         lengths = self.pool.lengths(seqs)
         moves = self.pool.begin(seqs, counts)
+        tails = {} if self._no_tail is None else {TAILS: torch.stack([self._tails.get(seq, self._no_tail) for seq in seqs])}
         return {
             "input_ids": self._tensor(tokens)[None],
             "position_ids": self._tensor(positions)[None],
@@ -142,6 +151,7 @@ class PagedEngine:
             "tree_mask": self._tensor(masks),
             "logit_rows": self._tensor(logit_rows),
             NEXT_IDS: self._tensor(next_ids),
+            **tails,
             **dict(zip(self._pool_names, self.pool.pools, strict=True)),
         }
 
@@ -154,6 +164,8 @@ class PagedEngine:
             logits = logits[inputs["logit_rows"]]
         argmax: list[int] = (rest[0] if rest else logits.float().argmax(-1)).tolist()
         drafts = trees((rest[1], rest[2], rest[3])) if self.drafts else [None] * len(batch)
+        if self._no_tail is not None:
+            self._new_tails |= zip([rows.seq for rows in batch], rest[4].clone(), strict=True)
         outputs, row, read = [], 0, 0
         for rows, draft in zip(batch, drafts, strict=True):
             count, reads = rows.count, 1 if rows.last_only else rows.count
