@@ -44,6 +44,8 @@ LONG = 80
 PARENTS = ((-1, -1, 0, 1, 1, 4, 2, 5), (-1, 0, 0, -1, 3, 2))
 """Two trees: on the first, the path of rows 0, 2, 5, 6, 8 is committed, and the second hangs behind it."""
 PATH = (0, 2, 5, 6, 8)
+SINGLE = 16
+"""Tokens that go one by one behind a prompt."""
 STEPS = ((4, 4), (1, 1), (6, 5), (6, 0), (6, 6), (6, 5), (6, 5), (6, 5), (6, 2), (1, 1))
 """Rows of chains, and how many of them are committed; enough in succession not wholly for committed rows to be fed again by themselves."""
 _WINDOW_ARGUMENT = 11
@@ -197,13 +199,19 @@ def check_long(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) ->
 
 
 def check_states(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
-    """A prompt in two pieces, then chains of which all, some or none of the rows are committed."""
+    """A prompt in two pieces, tokens one by one, then chains of which all, some or none of the rows are committed."""
     kept, drafts = list(tokens[:PROMPT]), [*tokens[PROMPT:], *reversed(tokens), *tokens]
     with sequences(engine, -1):
         engine.forward([Rows(-1, kept[:4], last_only=True)])
         engine.commit(-1, range(4))
         _compare(engine, stock, "second piece of a prompt", Rows(-1, kept[4:], last_only=True), kept[:4])
         engine.commit(-1, range(PROMPT - 4))
+        logits = []
+        for token in drafts[:SINGLE]:  # models have other code for these
+            logits.append(engine.forward([Rows(-1, [token])])[0].logits)
+            engine.commit(-1, (0,))
+        _judge(stock, "single tokens", Rows(-1, drafts[:SINGLE]), torch.cat(logits), kept)
+        kept, drafts = [*kept, *drafts[:SINGLE]], drafts[SINGLE:]
         for rows, committed in STEPS:
             chain = Rows(-1, drafts[:1], DraftTree.chain(drafts[1:rows]))
             _compare(engine, stock, f"{rows} rows behind {len(kept)} tokens", chain, kept)

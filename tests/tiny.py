@@ -119,7 +119,8 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"}
         | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8}
         | {"n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        | {"moe_shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1},
+        | {"moe_shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"time_step_min": 1e-9},  # above it transformers clamps the steps of several rows, and not that of one
     ),
     "bailing_hybrid": (
         "bailing_hybrid",

@@ -35,8 +35,8 @@ def probe(engine: EagerEngine) -> tuple[str, list[Refusal]]:
         gate.check(engine, engine.model, states=has_states)
     except Exception as error:
         cause = cause_of(error)
-        if states:
-            cause += f" (layers of type {states}; some models drop their state where several rows come behind it)"
+        if states and engine.verifies == "chains" and isinstance(error, GateError):
+            cause += f" (layers of type {states}: some models drop their state where several rows come behind it)"
         return "nothing", [Refusal(STAGE, Reason.CHAINS_UNVERIFIABLE, cause)]
     if has_states:
         return "chains", [Refusal(STAGE, Reason.RECURRENT_STATES, f"layers of type {states}")]
