@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import specfx
 from specfx import gate
-from specfx.engines import eager, eager_past
+from specfx.engines import eager_past
 from specfx.engines.base import Rows
 from specfx.engines.eager import EagerEngine
 from specfx.engines.eager_past import MOST_UNFED, Past, Snapshot, state_layers
@@ -28,7 +28,9 @@ HIDDEN_IS_THE_HEADS_INPUT = tuple(name for name in RECURRENT_NAMES if name != "i
 
 def states(cache: DynamicCache) -> list[torch.Tensor]:
     """All of a cache's states, in order."""
-    return [t for layer in state_layers(cache) for held in (layer.conv_states, layer.recurrent_states) for t in held.values() if t is not None]
+    return [
+        t for layer in state_layers(cache) for held in (layer.conv_states, layer.recurrent_states) for t in held.values() if t is not None
+    ]
 
 
 def keys(cache: DynamicCache) -> list[torch.Tensor]:
@@ -463,7 +465,9 @@ def test_a_model_that_computes_one_row_otherwise_than_several_is_refused() -> No
 def test_the_gate_feeds_unfed_tokens_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = EagerEngine(tiny_model("qwen3_next"))
     alone, call = list[int](), engine._call
-    monkeypatch.setattr(engine, "_call", lambda past, tokens, *rest: (tokens or alone.append(len(past.unfed)), call(past, tokens, *rest))[1])
+    monkeypatch.setattr(
+        engine, "_call", lambda past, tokens, *rest: (tokens or alone.append(len(past.unfed)), call(past, tokens, *rest))[1]
+    )
     gate.check_states(engine, engine.model, gate.random_tokens(engine.model, gate.PROMPT + 21))
     assert alone == [17]
 
@@ -493,7 +497,7 @@ def test_engines_that_cannot_put_states_back_refuse_them_by_name() -> None:
 def test_a_tree_is_refused_with_the_reason() -> None:
     engine = EagerEngine(tiny_model("qwen3_next"))
     engine.add(0, 16)
-    with pytest.raises(ValueError, match="verifies chains: .*states pass from row to row"):
+    with pytest.raises(ValueError, match=r"verifies chains: .*states pass from row to row"):
         engine.forward([Rows(0, [1], DraftTree((1, 2), (-1, -1), (1.0, 1.0)))])
 
 
