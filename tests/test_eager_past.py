@@ -14,13 +14,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 import specfx
 from specfx import gate
+from specfx.drafters.base import NoDrafter
 from specfx.engines import eager_past
 from specfx.engines.base import Rows
 from specfx.engines.eager import EagerEngine
 from specfx.engines.eager_past import MOST_UNFED, Past, Snapshot, state_layers
 from specfx.errors import GateError, Reason
 from specfx.runtime import session
-from specfx.runtime.tree import DraftTree
+from specfx.runtime.stats import CallStats
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 HIDDEN_IS_THE_HEADS_INPUT = tuple(name for name in RECURRENT_NAMES if name != "inkling")
 """Inkling scales its hidden states before the head."""
@@ -194,6 +196,63 @@ def test_hidden_states_behind_a_rejection_are_those_of_the_rows(name: str) -> No
         kept = (3, 6, 1, 5, 4, 5, 5, 2)[step]
         engine.commit(0, range(kept))
         text += drafts[:kept]
+
+
+class Partly(NoDrafter):
+    """Drafts the right answer with a wrong token somewhere, in branching trees, and keeps the hidden states that it is given."""
+
+    needs_hidden = True
+
+    def __init__(self, answer: list[int]) -> None:
+        self.answer, self.known, self.rng = answer, 0, random.Random(0)
+        self.hidden: list[torch.Tensor] = []
+
+    def accept(self, seq: int, tokens: Any, hidden: torch.Tensor | None, drafted: DraftTree | None = None) -> None:
+        self.known += len(tokens)
+        self.hidden.append(hidden.clone())
+
+    def propose(self, seqs: Any, budgets: Any) -> list[DraftTree]:
+        rest = self.answer[self.known :][: min(7, budgets[0])]
+        if len(rest) < 3:
+            return [EMPTY_TREE]
+        wrong = self.rng.randrange(1, len(rest) - 1)
+        tokens = [(t + (i == wrong)) % VOCAB for i, t in enumerate(rest)]
+        sibling = (tokens[0] + 7) % VOCAB
+        return [DraftTree((*tokens[:-1], sibling), (*range(-1, len(tokens) - 2), -1), (*[0.9**i for i in range(1, len(tokens))], 0.1))]
+
+
+@pytest.mark.parametrize("name", HIDDEN_IS_THE_HEADS_INPUT)
+def test_a_drafter_is_given_the_hidden_states_of_all_committed_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the runtime: a prompt in chunks, trees that become chains, rejections, tokens that are fed again."""
+    model, prompt = tiny_model(name), prompt_of(3, 23)
+    answer = stock_greedy(model, prompt, 48)
+    engine, stats = EagerEngine(model), CallStats()
+    calls = Calls(engine)
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 6)
+    runtime = session.Runtime(engine, drafter := Partly(answer), 8, stats)
+    got = list(runtime.add(prompt, 48, lambda token: False).tokens)
+    while runtime.sequences:
+        (committed,) = runtime.step()
+        got += committed.tokens
+    assert got == answer
+    assert stats.forwards < 30
+    assert len(calls.rows) > 4 + stats.forwards, "unfed tokens had no forward of their own"
+    hidden = torch.cat(drafter.hidden)
+    text = torch.tensor([[*prompt, *answer]])
+    stock = model(text, use_cache=False, output_hidden_states=True).hidden_states[-1][0]
+    assert len(hidden) > len(prompt) + 40
+    torch.testing.assert_close(hidden, stock[: len(hidden)], rtol=1e-3, atol=1e-3)
+
+
+def test_sampling_draws_the_same_text_whatever_is_drafted() -> None:
+    texts = set()
+    for method in (None, "suffix", "suffix"):
+        model = specfx.speculate(tiny_model("qwen3_next"), method, engine="eager")
+        torch.manual_seed(3)
+        ids = model.generate(torch.tensor([prompt_of(1)] * 2), max_new_tokens=40, do_sample=True, temperature=0.2, pad_token_id=0)
+        texts.add(tuple(ids.flatten().tolist()))
+        assert not specfx.explain(model).stock_calls
+    assert len(texts) == 1
 
 
 def test_a_rejection_costs_rows_and_no_forward_until_many_are_unfed() -> None:
