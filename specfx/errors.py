@@ -72,6 +72,7 @@ class Reason(enum.Enum):
     NO_KERNEL = "no kernel for this device"
     COMPILED_DIFFERS = "the compiled artifact differs from the graph engine"
     TREES_UNVERIFIABLE = "this model can't verify draft trees"
+    RECURRENT_STATES = "this model's states pass from row to row, so its drafts are chains"
     CHAINS_UNVERIFIABLE = "this model can't verify draft chains"
     NOT_ACCELERATED = "this call is not accelerated"
     ENGINE_NOT_READY = "the compiled engine is still being built"

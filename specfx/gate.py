@@ -6,7 +6,8 @@ Before an engine serves, it is compared with the stock eager model, run without 
 * **chains**: a prompt, a chain of drafts of which some are kept, a forward that is rolled back, single tokens;
 * **batch**: two sequences of unequal lengths in one ragged forward;
 * **long**: a causal run of more rows than a tree mask has bits and a page has tokens, and a chain behind it;
-* **trees**: a branching tree, a path with gaps committed (so keys and values are moved), another tree behind it.
+* **trees**: a branching tree, a path with gaps committed (so keys and values are moved), another tree behind it;
+* **states**: for models with recurrent states, a prompt in two pieces, then chains of which all drafts, some or none are kept.
 
 Sliding windows are shrunken to a few tokens on both sides, so that these short prompts cross them. No global random state is used.
 """
@@ -43,13 +44,20 @@ LONG = 80
 PARENTS = ((-1, -1, 0, 1, 1, 4, 2, 5), (-1, 0, 0, -1, 3, 2))
 """Two trees: on the first, the path of rows 0, 2, 5, 6, 8 is committed, and the second hangs behind it."""
 PATH = (0, 2, 5, 6, 8)
+SINGLE = 16
+"""Tokens that go one by one behind a prompt."""
+STEPS = ((4, 4), (1, 1), (6, 5), (6, 0), (6, 6), (6, 5), (6, 5), (6, 5), (6, 2), (1, 1))
+"""Rows of chains, and how many of them are committed; enough in succession not wholly for committed rows to be fed again by themselves."""
 _WINDOW_ARGUMENT = 11
+_STATELESS = {"attention", "moe", "mlp", "dummy"}
+"""Layer types whose names don't end in attention and that keep no state."""
 
 
-def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -> None:
+def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True, states: bool = False) -> None:
     """All comparisons that `engine.verifies` calls for. Raises `GateError` at the first difference; leaves no sequence behind.
 
     stock: a clone of the user's model (its config is changed meanwhile). shrink_windows: False for an engine whose windows are fixed.
+    states: whether the engine puts recurrent states back.
     """
     tokens = random_tokens(stock, PROMPT + 21)
     windows = shrunken_windows(stock) if shrink_windows else _nothing()
@@ -59,18 +67,29 @@ def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True) -
             check_chains(engine, stock, tokens)
             check_batch(engine, stock, tokens)
             check_long(engine, stock, tokens)
+            if states:
+                check_states(engine, stock, tokens)
         if engine.verifies == "trees":
             check_trees(engine, stock, tokens)
 
 
-def refuse_by_name(config: PreTrainedConfig) -> None:
-    """Raise `GateError` for what a comparison on few tokens can't find or would only find as an obscure failure."""
+def recurrent_layers(config: PreTrainedConfig) -> str:
+    """The types of the layers that keep a state, joined; empty if there are none, or the config doesn't tell."""
+    text = config.get_text_config(decoder=True)
+    layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
+    return ", ".join(sorted({kind for kind in layers if not kind.endswith("attention") or kind.startswith("linear")} - _STATELESS))
+
+
+def refuse_by_name(config: PreTrainedConfig, states: bool = False) -> None:
+    """Raise `GateError` for what a comparison on few tokens can't find or would only find as an obscure failure.
+
+    states: whether the engine puts recurrent states back.
+    """
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         raise GateError("encoder-decoder models are not supported")
-    layers = set(getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ())
-    if recurrent := {kind for kind in layers if not kind.endswith("attention") or kind.startswith("linear")} - {"attention"}:
-        raise GateError(f"layers of type {', '.join(sorted(recurrent))} keep a state that can't be rolled back")
+    if not states and (recurrent := recurrent_layers(config)):
+        raise GateError(f"layers of type {recurrent} keep a state that this engine can't put back")
     rope = getattr(text, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
         kind, original = str(parameters.get("rope_type")), parameters.get("original_max_position_embeddings")
@@ -177,6 +196,27 @@ def check_long(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) ->
             _compare(engine, stock, "long run", rows, prompt[:start])
             engine.commit(-1, range(rows.count))
         _compare(engine, stock, "chain behind a long run", Rows(-1, tokens[:1], DraftTree.chain(tokens[1:4])), prompt)
+
+
+def check_states(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
+    """A prompt in two pieces, tokens one by one, then chains of which all, some or none of the rows are committed."""
+    kept, drafts = list(tokens[:PROMPT]), [*tokens[PROMPT:], *reversed(tokens), *tokens]
+    with sequences(engine, -1):
+        engine.forward([Rows(-1, kept[:4], last_only=True)])
+        engine.commit(-1, range(4))
+        _compare(engine, stock, "second piece of a prompt", Rows(-1, kept[4:], last_only=True), kept[:4])
+        engine.commit(-1, range(PROMPT - 4))
+        logits = []
+        for token in drafts[:SINGLE]:  # models have other code for these
+            logits.append(engine.forward([Rows(-1, [token])])[0].logits)
+            engine.commit(-1, (0,))
+        _judge(stock, "single tokens", Rows(-1, drafts[:SINGLE]), torch.cat(logits), kept)
+        kept, drafts = [*kept, *drafts[:SINGLE]], drafts[SINGLE:]
+        for rows, committed in STEPS:
+            chain = Rows(-1, drafts[:1], DraftTree.chain(drafts[1:rows]))
+            _compare(engine, stock, f"{rows} rows behind {len(kept)} tokens", chain, kept)
+            engine.commit(-1, range(committed))
+            kept, drafts = [*kept, *drafts[:committed]], drafts[max(committed, 1) :]
 
 
 def check_trees(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:

@@ -192,8 +192,8 @@ CASES: dict[str, Case] = {
         ),
     ),
 }
-NOT_SERVED = {"qwen3_next", "qwen3_5", "bailing_hybrid", "step3p7"}
-"""Models whose `generate` stays stock's: a recurrent state that no engine rolls back, or (Step) image inputs."""
+NOT_SERVED = {"step3p7"}
+"""Models whose `generate` stays stock's: image inputs."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
 

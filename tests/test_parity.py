@@ -254,5 +254,5 @@ def test_models_that_cannot_be_captured_are_refused_with_the_cause() -> None:
 
 def test_recurrent_layers_are_refused_by_name() -> None:
     for name in ("qwen3_next", "jamba"):
-        with pytest.raises(GateError, match=r"layers of type .* keep a state that can't be rolled back"):
+        with pytest.raises(GateError, match=r"layers of type .* keep a state that this engine can't put back"):
             gate.refuse_by_name(tiny_model(name).config)

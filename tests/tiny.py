@@ -102,12 +102,52 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         | {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 32, "linear_num_value_heads": 4}
         | {"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
     ),
+    "qwen3_5": (
+        "qwen3_5_text",
+        _SIZES
+        | {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4, "linear_num_key_heads": 2}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+    ),
+    "mamba2": (
+        "mamba2",
+        _SHORT
+        | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "expand": 2, "num_heads": 8, "head_dim": 8, "n_groups": 2}
+        | {"chunk_size": 8, "tie_word_embeddings": False},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {key: value for key, value in _SIZES.items() if key != "num_hidden_layers"}
+        | {"layers_block_type": ["mamba", "moe", "attention", "mlp"], "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8}
+        | {"n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"moe_shared_expert_intermediate_size": 32, "n_group": 1, "topk_group": 1}
+        | {"time_step_min": 1e-9},  # above it transformers clamps the steps of several rows, and not that of one
+    ),
+    "bailing_hybrid": (
+        "bailing_hybrid",
+        _SIZES
+        | {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+        | {"v_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "layer_group_size": 2}
+        | {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_shared_experts": 1},
+    ),
+    "inkling": (
+        "inkling_text",
+        _SIZES
+        | {"layer_types": ["hybrid_sliding", "hybrid"], "mlp_layer_types": ["dense", "sparse"], "sliding_window": WINDOW}
+        | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "d_rel": 4, "rel_extent": 32}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1},
+    ),
+    "lfm2": (
+        "lfm2",
+        _SIZES | {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_ff_dim": 64, "block_auto_adjust_ff_dim": False},
+    ),
 }
 
 TINY_NAMES: tuple[str, ...] = tuple(_CONFIGS)
 """Every name that `tiny_model` knows."""
-RECURRENT_NAMES: tuple[str, ...] = ("mamba", "jamba", "qwen3_next")
-"""Those with a state that isn't a list of keys and values."""
+FORGETFUL_NAMES: tuple[str, ...] = ("mamba", "jamba")
+"""Those whose layers forget their state where several rows come behind it."""
+RECURRENT_NAMES: tuple[str, ...] = ("qwen3_next", "qwen3_5", "mamba2", "nemotron_h", "bailing_hybrid", "inkling", "lfm2")
+"""Those that carry a recurrent or convolutional state from row to row, several rows at once too."""
 
 
 def tiny_model(name: str, **config_overrides: Any) -> PreTrainedModel:

@@ -1,7 +1,8 @@
 """The eager engine: the stock model itself, used where no captured graph was proven right.
 
-Every sequence has a `DynamicCache` of its own in which all layers are full, also those with a sliding window: the rows of a tree that
-were not chosen can then be taken out again. Sequences run one after another.
+Every sequence has a cache of its own in which all attention layers are full, also those with a sliding window: the rows of a tree that
+were not chosen can then be taken out again. Recurrent and convolutional states are put back instead, so a model that has them
+verifies chains (`specfx.engines.eager_past`). Sequences run one after another.
 
 A causal run (a prompt, a chain of drafts) goes through the model with no mask given, so that transformers builds its own. The rows of
 a branching tree need a 4-D mask, which transformers hands to the layers as it is: `TreeMasks` therefore knows windows and chunks,
@@ -14,47 +15,21 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from specfx.capture import clone_sharing_storage
 from specfx.engines.base import Rows, RowsOutput
+from specfx.engines.eager_past import MOST_UNFED, Past
 from specfx.engines.eager_probe import STAGE, cause_of, probe
 from specfx.errors import Reason, Refusal
-from specfx.runtime.tree import DraftTree
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "attention_chunk_size"}
-
-
-@dataclass
-class _Sequence:
-    """State of one sequence: `length` committed tokens lie first in `cache`, then the `rows` rows of a forward not yet committed."""
-
-    cache: DynamicCache = field(default_factory=DynamicCache)
-    length: int = 0
-    rows: int = 0
-
-    @torch.inference_mode()
-    def keep(self, rows: Sequence[int]) -> None:
-        """Cut the cache to the committed tokens and, after them, these of the uncommitted rows."""
-        end = self.length + len(rows)
-        if end == 0:
-            self.cache = DynamicCache()  # a forward that failed half way may have left layers of any length
-        layers: list[Any] = self.cache.layers
-        for layer in layers:
-            if getattr(layer, "keys", None) is None:  # a layer that shares the keys of another
-                continue
-            if list(rows) != list(range(len(rows))):  # a tree's path with gaps: move it together
-                source = torch.tensor(rows, device=layer.keys.device) + self.length
-                layer.keys[..., self.length : end, :] = layer.keys[..., source, :]
-                layer.values[..., self.length : end, :] = layer.values[..., source, :]
-            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
-        self.length, self.rows = end, 0
 
 
 class EagerEngine:
@@ -72,11 +47,13 @@ class EagerEngine:
         self.verifies = "nothing"
         self.drafts = False
         self.refusals: list[Refusal] = []
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Past] = {}
         try:
             self.model = clone_sharing_storage(model)
             _use_maskable_attention(self.model)
-            self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+            takes = inspect.signature(self.model.forward).parameters
+            self._takes_positions = "position_ids" in takes
+            self._cache_name = "cache_params" if "cache_params" in takes else "past_key_values"
             self._head = self.model.get_output_embeddings()
             self._device = self.model.device
         except Exception as error:
@@ -89,7 +66,8 @@ class EagerEngine:
         """Begin sequence `seq`. Its cache grows as it must, so `capacity` (tokens) reserves nothing. Raises `ValueError` for a used id."""
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} exists already; remove it before its id is used again")
-        self._sequences[seq] = _Sequence()
+        assert self.model is not None
+        self._sequences[seq] = Past(self.model.config)
 
     def remove(self, seq: int) -> None:
         self._sequences.pop(seq, None)
@@ -99,10 +77,10 @@ class EagerEngine:
 
     def commit(self, seq: int, rows: Sequence[int]) -> None:
         """See `Engine.commit`. Raises `ValueError` if `rows` aren't ascending rows of the last forward."""
-        sequence, rows = self._sequences[seq], list(rows)
-        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < sequence.rows):
-            raise ValueError(f"rows {rows} are not an ascending path among the {sequence.rows} rows of the last forward of {seq}")
-        sequence.keep(rows)
+        past, rows = self._sequences[seq], list(rows)
+        if rows != sorted(set(rows)) or (rows and not 0 <= rows[0] <= rows[-1] < len(past.rows)):
+            raise ValueError(f"rows {rows} are not an ascending path among the {len(past.rows)} rows of the last forward of {seq}")
+        past.commit(rows)
 
     def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
         """See `Engine.forward`. Raises `ValueError` for a branching tree on a model that can only verify chains."""
@@ -122,40 +100,53 @@ class EagerEngine:
     @torch.no_grad()
     def run(self, rows: Rows) -> RowsOutput:
         """The forward of one sequence's rows, whatever `verifies` says (the probe calls this)."""
-        assert self.model is not None
-        sequence, n = self._sequences[rows.seq], rows.count
-        sequence.keep(())
-        start, tree = sequence.length, rows.tree or DraftTree()
-        depths = tree.depths() if rows.tree is not None else list(range(n))
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([[*rows.tokens, *tree.tokens]], device=self._device)}
-        if self._takes_positions:
-            inputs["position_ids"] = torch.tensor([depths], device=self._device) + start
-        if _branches(rows):
-            inputs["attention_mask"] = self._tree_masks(tree, start)
+        past, tree = self._sequences[rows.seq], rows.tree or EMPTY_TREE
+        past.roll_back()
+        if len(past.unfed) >= MOST_UNFED:
+            self._call(past, [], [], 1)
+            past.fed()
+        depths = tree.depths() if rows.tree is not None else list(range(rows.count))
+        mask = self._tree_masks(tree, past.length) if _branches(rows) else None
+        tokens = [*rows.tokens, *tree.tokens]
+        logits, hidden = self._call(past, tokens, depths, 1 if rows.last_only else len(tokens), mask)
+        past.rows = tokens
+        return RowsOutput(logits.argmax(-1).tolist(), logits, hidden)
 
-        head = _HeadInput(last_only=rows.last_only)
+    def _call(
+        self, past: Past, tokens: Sequence[int], depths: Sequence[int], read: int, mask: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The model over the unfed tokens and `tokens`, at `depths` behind the committed ones: logits of the last `read` of them
+        (``[read, V]``), hidden states of `tokens` (``[n, H]``, None if the model's head can't be found)."""
+        assert self.model is not None
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([[*past.unfed, *tokens]], device=self._device)}
+        if self._takes_positions:
+            positions = [*range(past.held, past.length), *(past.length + depth for depth in depths)]
+            inputs["position_ids"] = torch.tensor([positions], device=self._device)
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        head = _HeadInput(read)
         hook = self._head.register_forward_pre_hook(head) if self._head is not None else None
+        past.begin()
         try:
-            output = self.model(**inputs, past_key_values=sequence.cache, use_cache=True, return_dict=True)
+            output = self.model(**inputs, **{self._cache_name: past.cache}, use_cache=True, return_dict=True)
         finally:
             if hook is not None:
                 hook.remove()
-        sequence.rows = n
-        logits = output.logits[0, -1:] if rows.last_only else output.logits[0]
-        hidden = head.value[0] if head.value is not None and head.value.shape[:2] == (1, n) else None
-        return RowsOutput(logits.argmax(-1).tolist(), logits, hidden)
+        n = len(past.unfed) + len(tokens)
+        hidden = head.value[0, len(past.unfed) :] if head.value is not None and head.value.shape[:2] == (1, n) else None
+        return output.logits[0, -read:], hidden
 
 
 class _HeadInput:
-    """A forward pre-hook of the LM head: keeps its input in `value`, and with `last_only` lets only the last row through."""
+    """A forward pre-hook of the LM head: keeps its input in `value`, and lets only the last `read` rows through."""
 
-    def __init__(self, last_only: bool) -> None:
-        self.last_only = last_only
+    def __init__(self, read: int) -> None:
+        self.read = read
         self.value: torch.Tensor | None = None
 
     def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.value = args[0]
-        return (args[0][:, -1:], *args[1:]) if self.last_only and args[0].ndim == 3 else None
+        return (args[0][:, -self.read :], *args[1:]) if args[0].ndim == 3 else None
 
 
 def _branches(rows: Rows) -> bool:

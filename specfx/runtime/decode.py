@@ -30,7 +30,7 @@ from specfx.engines.base import Engine
 from specfx.runtime.session import Committed, Runtime
 from specfx.runtime.stats import CallStats
 
-_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
 _ROWWISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 _ROWWISE_PROCESSORS = tuple(
     getattr(logits_process, name)
@@ -73,6 +73,8 @@ def stock_reason(
     cache = inputs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         return "past_key_values from an earlier call"
+    if getattr(inputs.get("cache_params"), "_is_user_defined", False):  # Mamba's; a cache of the caller's is there to be filled
+        return "cache_params given by the caller"
     unknown = sorted(k for k, v in inputs.items() if v is not None and k not in _KNOWN_INPUTS)
     if unknown:
         return f"model inputs {', '.join(unknown)}"
