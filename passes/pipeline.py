@@ -9,6 +9,7 @@ from specfx.passes.materialize_shared import materialize_shared
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pack_linears import pack_linears
 from specfx.passes.paged_kv import paged_kv
+from specfx.passes.regions import regions
 from specfx.passes.tree_mask import tree_mask
 
 REWRITE: tuple[Pass, ...] = (canonicalize_attention, paged_kv, tree_mask, epilogue)
@@ -17,5 +18,5 @@ REWRITE: tuple[Pass, ...] = (canonicalize_attention, paged_kv, tree_mask, epilog
 DRAFTING: tuple[Pass, ...] = (mtp_head,)
 """What makes it draft as well, where there is a head to stitch."""
 
-LOWERING: tuple[Pass, ...] = (materialize_shared, pack_linears)
+LOWERING: tuple[Pass, ...] = (materialize_shared, pack_linears, regions)
 """What the compiled engine adds for the machine at hand."""

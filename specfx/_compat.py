@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import specfx
@@ -52,10 +51,56 @@ class _SourcesKey(CustomGraphPass):
 
 
 def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Lower a graph module with mutable inputs through AOTAutograd and Inductor (`compile_fx`, read in 2.13)."""
+    """Lower a graph of functional ATen ops and ops of specfx: decomposed by `make_fx`, then `compile_fx_inner` (read in 2.13).
+
+    AOTAutograd has nothing to do here (no gradients, no aliases, and the only inputs that change are those of ops that say so), would
+    take a third of the time, and can't make ops that write into their inputs functional within a region.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    names = list(
+        dict.fromkeys(str(n.target) for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor))
+    )
+    lifted, fakes = _with_weights_as_inputs(module, names)
+    fakes += example_inputs
+    mode = fakes[-1].fake_mode
     with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
-        compiled: Any = compile_fx(module, list(example_inputs))
-    return compiled
+        with tracing(TracingContext(mode)), V.set_fake_mode(mode):
+            with mode:
+                traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
+            compiled: Any = compile_fx_inner(traced, fakes)
+
+    def call(*inputs: Any) -> Any:
+        return compiled([*(_read(module, name) for name in names), *inputs])
+
+    return call
+
+
+def _read(module: fx.GraphModule, name: str) -> Any:
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> tuple[fx.GraphModule, list[Any]]:
+    """A copy in which these attributes are the first placeholders, and their fake values."""
+    graph, new = fx.Graph(), {}
+    fakes: dict[str, Any] = {}
+    for node in module.graph.find_nodes(op="get_attr"):
+        if node.target in names:
+            fakes.setdefault(str(node.target), node.meta["val"])
+    weights = {name: graph.placeholder(f"weight_{i}") for i, name in enumerate(names)}
+    for node in module.graph.nodes:
+        if node.op == "get_attr" and node.target in weights:
+            new[node] = weights[str(node.target)]
+        else:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return fx.GraphModule(module, graph), [fakes[name] for name in names]
 
 
 def weight_conversions() -> tuple[Any, Any, Any, Any] | None:

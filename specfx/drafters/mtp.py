@@ -8,8 +8,8 @@ those steps hold guesses and are dropped before `propose` returns, so nothing of
 That is the reference. Where the head could be stitched into the target's graph (`specfx.engines.drafting`), the forward that verified
 the last draft has made the next one already: `accept` is handed it, and `propose` hands it on.
 
-Layer k of a head of several layers has pairs of layer k - 1's hidden state at row t and x_{t+k+1}: while n pairs are committed, n - k of its
-own are, and the rows of its draft stand behind those.
+Layer k of a head of several layers has pairs of layer k - 1's hidden state at row t and x_{t+k+1}: of n committed pairs it has n - k, and its
+rows of a draft stand behind those.
 """
 
 from __future__ import annotations
