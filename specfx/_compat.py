@@ -58,12 +58,12 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     return compiled
 
 
-def weight_conversions() -> tuple[Any, Any, Any, Any] | None:
-    """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, WeightConverter, WeightRenaming,
-    rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
+def weight_conversions() -> tuple[Any, Any, Any, Any, Any] | None:
+    """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, get_checkpoint_conversion_mapping,
+    WeightConverter, WeightRenaming, rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return None
-    return get_model_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key
+    return get_model_conversion_mapping, get_checkpoint_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key

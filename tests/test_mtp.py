@@ -403,9 +403,10 @@ def test_a_draft_from_the_graph_is_handed_on_and_judged_while_drafting_rests(tar
 def test_kv_rows_survive_growth_and_going_back():
     kv, rows = HeadKV(), torch.randn(1, 2, 700, 4)
     kv.update(rows[:, :, :3], rows[:, :, :3])
-    kv.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
     kv.length = 3
+    kv.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
     kv.update(rows[:, :, 3:400], rows[:, :, 3:400])
+    kv.length = 400
     keys, values = kv.update(rows[:, :, 400:], rows[:, :, 400:])
     assert torch.equal(keys, rows)
     assert torch.equal(values, rows)

@@ -7,6 +7,7 @@ Families that transformers has are tested on their own architecture; MiMo-7B, GL
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -44,7 +45,7 @@ _LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_h
 @dataclass(frozen=True)
 class Case:
     """One tiny checkpoint. layer: prefix of layer i. rename: (in the module, in the file) for the decoder layer's names. dense: its
-    MLP is that of the target's layer 0. layers: how many."""
+    MLP is that of the target's layer 0. layers: how many. run: the kinds of the sublayers that are one layer; `layer` counts those."""
 
     model: str
     settings: dict[str, Any]
@@ -54,12 +55,62 @@ class Case:
     rename: tuple[tuple[str, str], ...] = ()
     dense: bool = False
     layers: int = 1
+    run: tuple[str, ...] = ("",)
     model_type: str | None = None
     stock: bool = False
+
+    def prefix(self, first: int, i: int) -> str:
+        """Of what belongs to the head's layer i, or to its first sublayer; `first` layers are the target's."""
+        return self.layer.format(n=first + i, i=i * len(self.run))
 
 
 def _final(layer: str) -> dict[str, str]:
     return {"enorm": layer + "enorm", "hnorm": layer + "hnorm", "proj": layer + "eh_proj", "norm": layer + "final_layernorm"}
+
+
+_SPARSE = {"index_topk": 4, "index_n_heads": 16, "index_head_dim": 16, "num_key_value_heads": 4, "first_k_dense_replace": 1}
+_INKLING = (
+    {k: v for k, v in _SIZES.items() if k != "tie_word_embeddings"}
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 1, "swa_head_dim": 8, "sliding_window_size": 32, "local_layer_ids": [0]}
+    | {"d_rel": 4, "rel_extent": 12, "log_scaling_n_floor": 4, "logits_mup_width_multiplier": 3.0, "unpadded_vocab_size": VOCAB - 8}
+    | {"mlp_layer_types": ["dense", "sparse"], "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    | {"n_shared_experts": 1}
+)
+INKLING_NAMES = (
+    ("self_attn.q_proj", "attn.wq_du"),
+    ("self_attn.k_proj", "attn.wk_dv"),
+    ("self_attn.v_proj", "attn.wv_dv"),
+    ("self_attn.r_proj", "attn.wr_du"),
+    ("self_attn.o_proj", "attn.wo_ud"),
+    ("self_attn.k_sconv.conv1d", "attn.k_sconv"),
+    ("self_attn.v_sconv.conv1d", "attn.v_sconv"),
+    ("self_attn.", "attn."),
+    ("attn_sconv.conv1d", "attn_sconv"),
+    ("mlp_sconv.conv1d", "mlp_sconv"),
+    ("mlp.down_proj", "mlp.w2_md"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "mlp_norm"),
+)
+
+
+def _inkling(layers: int, chained: bool, local: list[int], **settings: Any) -> Case:
+    heads = {"num_mtp_layers": layers, "chain_hidden_post_norm": chained, "mtp_local_layer_ids": local}
+    parts = {"enorm": "{layer}embed_norm", "hnorm": "{layer}hidden_norm", "proj": "{layer}input_proj"}
+    images = {
+        "text_config": _INKLING | heads,
+        "vision_config": {"patch_size": 2, "hidden_size": 16, "num_hidden_layers": 4, "temporal_patch_size": 2},
+        "audio_config": {"n_mel_bins": 4, "mel_vocab_size": 4},
+    }
+    return Case(
+        "inkling_mm_model" if chained else "inkling_text",
+        images if chained else _INKLING | heads,
+        layer="model.mtp.layers.{i}.",
+        parts=parts | ({"norm": "model.mtp.chain_norm"} if chained else {}),
+        copies={},
+        rename=tuple((ours, f"transformer_block.{theirs}") for ours, theirs in INKLING_NAMES),
+        layers=layers,
+        stock=True,
+    )
 
 
 CASES: dict[str, Case] = {
@@ -69,6 +120,8 @@ CASES: dict[str, Case] = {
     ),
     "glm4_moe": Case("glm4_moe", _SIZES | _DEEPSEEK_MOE | {"n_shared_experts": 1, "first_k_dense_replace": 1}, stock=True),
     "glm4_moe_lite": Case("glm4_moe_lite", _NO_HEAD_DIM | _MLA | _DEEPSEEK_MOE | {"num_key_value_heads": 4, "n_shared_experts": 1}),
+    "deepseek_v32": Case("deepseek_v32", _NO_HEAD_DIM | _MLA | _DEEPSEEK_MOE | _SPARSE),
+    "glm_moe_dsa": Case("glm_moe_dsa", _NO_HEAD_DIM | _MLA | _DEEPSEEK_MOE | _SPARSE | {"indexer_types": ["full", "shared"]}),
     "glm_ocr": Case("qwen3", {"num_nextn_predict_layers": 1}, layer="model.language_model.layers.{n}.", model_type="glm_ocr_text"),
     "qwen3_next": Case("qwen3_next", {}, layer="mtp.layers.{i}.", parts=QWEN, copies={}),
     "qwen3_5": Case(
@@ -191,8 +244,22 @@ CASES: dict[str, Case] = {
             ("mlp.shared_experts.", "mlp.shared_mlp."),
         ),
     ),
+    "nemotron_h": Case(
+        "nemotron_h",
+        {k: v for k, v in _SIZES.items() if k != "num_hidden_layers"}
+        | {"layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "n_groups": 2, "ssm_state_size": 8, "chunk_size": 8}
+        | {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"moe_shared_expert_intermediate_size": 24, "moe_latent_size": 16, "routed_scaling_factor": 2.5}
+        | {"num_nextn_predict_layers": 1},
+        layer="mtp.layers.{i}.",
+        parts=_final("{layer}") | {"norm": "{last}final_layernorm"},
+        copies={},
+        run=("full_attention", "moe"),
+    ),
+    "inkling": _inkling(8, True, [0, 2]),
+    "inkling_text": _inkling(2, False, [1]),
 }
-NOT_SERVED = {"qwen3_next", "qwen3_5", "bailing_hybrid", "step3p7"}
+NOT_SERVED = {"qwen3_next", "qwen3_5", "bailing_hybrid", "step3p7", "nemotron_h", "inkling", "inkling_text"}
 """Models whose `generate` stays stock's: a recurrent state that no engine rolls back, or (Step) image inputs."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
@@ -219,6 +286,14 @@ def target_of(case: Case) -> PreTrainedModel:
 def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torch.Tensor]:
     """Names and shapes of the decoder layer of the head's layer i, as the target's modules have them."""
     layers = target.get_decoder().layers
+    if case.model == "nemotron_h":
+        config = copy.deepcopy(target.config)
+        config.layers_block_type = list(case.run)
+        blocks = [type(layers[0])(config, place) for place in range(len(case.run))]
+        return {f"{place}.{n}": t for place, block in enumerate(blocks) for n, t in block.state_dict().items()}
+    if case.model == "glm_moe_dsa":  # an indexer of its own, and experts
+        own, experts = layers[0].state_dict(), layers[1].state_dict()
+        return {n: t for n, t in experts.items() if "self_attn" not in n} | {n: t for n, t in own.items() if "self_attn" in n}
     if case.model == "longcat_flash":
         pieces = {
             "self_attn": layers[0].self_attn[0],
@@ -248,6 +323,8 @@ def published(case: Case, name: str, tensor: torch.Tensor) -> dict[str, torch.Te
         if case.model == "step3p7":
             return {"moe.down_proj.weight": tensor}
         return {f"{name.removesuffix('down_proj')}{e}.down_proj.weight": t for e, t in enumerate(tensor)}
+    if name.endswith("experts.up_proj"):
+        return {f"{name.removesuffix('up_proj')}{e}.up_proj.weight": t for e, t in enumerate(tensor)}
     if case.model == "step3p7":
         for ours, theirs in (
             ("mlp.gate.weight", "moe.gate.weight"),
@@ -273,18 +350,27 @@ def checkpoint(case: Case, target: PreTrainedModel) -> tuple[dict[str, torch.Ten
     weights: dict[str, torch.Tensor] = {}
     truth: list[dict[str, torch.Tensor]] = []
     for i in range(case.layers):
-        layer = case.layer.format(n=first + i, i=i)
+        layer = case.prefix(first, i)
+        last = case.layer.format(n=first + i, i=(i + 1) * len(case.run) - 1)
         own: dict[str, torch.Tensor] = {}
         shapes = {"enorm": (size,), "hnorm": (size,), "proj": (size, 2 * size), "norm": (size,), "output": (VOCAB, size)}
         for part, template in case.parts.items():
-            name = template.format(layer=layer, i=i) + ".weight"
+            name = template.format(layer=layer, last=last, i=i) + ".weight"
             vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith("norm") else 0.0))
             weights[name] = vectors[name]
             own[{"proj": "eh_proj", "output": "head"}.get(part, part) + ".weight"] = vectors[name]
         for name, like in decoder_layer(case, target, i).items():
             tensor = random(like.shape, 0.2, 1.0 if name.endswith("norm.weight") else 0.0)
             own["layer." + name] = tensor
-            weights |= {layer + n: t.clone().contiguous() for n, t in published(case, name, tensor).items()}
+            prefix = layer
+            if case.run != ("",):
+                place, _, name = name.partition(".")
+                prefix = case.layer.format(i=i * len(case.run) + int(place))
+            weights |= {prefix + n: t.clone().contiguous() for n, t in published(case, name, tensor).items()}
+        if case.model.startswith("inkling"):  # rows of the two by turns
+            gate, up = (weights.pop(f"{layer}mlp.{kind}_proj.weight") for kind in ("gate", "up"))
+            weights[f"{layer}transformer_block.mlp.w13_dn.weight"] = torch.stack([gate, up], dim=1).flatten(0, 1)
+            weights[f"{layer}transformer_block.mlp.global_scale"] = weights.pop(f"{layer}mlp.global_scale")
         for template, what in case.copies.items():
             shared = target.get_input_embeddings() if what == "embed" else target.get_output_embeddings()
             weights[template.format(layer=layer, i=i) + ".weight"] = shared.weight.detach().clone()
@@ -296,6 +382,12 @@ def write(folder: Path, target: PreTrainedModel, weights: dict[str, torch.Tensor
     """A checkpoint folder of `target` and its head, sharded so that the last shards have the head; the target then names it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = target.config.to_dict() | {"model_type": target.config.model_type, "architectures": [type(target).__name__]}
+    if "mtp_layers_block_type" in config:
+        config["mtp_hybrid_override_pattern"] = config.pop("mtp_layers_block_type") and target.config.mtp_hybrid_override_pattern
+    if config["model_type"] == "inkling_mm_model":  # as published
+        heads = {"num_nextn_predict_layers": "num_mtp_layers", "local_layer_ids": "mtp_local_layer_ids"}
+        heads |= {"chain_hidden_post_norm": "chain_hidden_post_norm"}
+        config["mtp_config"] = {theirs: config["text_config"].pop(ours) for theirs, ours in heads.items()}
     (folder / "config.json").write_text(json.dumps(config, default=str))
     body = {"model.embed_tokens.weight": target.get_input_embeddings().weight.detach().clone(), "model.norm.weight": torch.ones(32)}
     if shards == 1:
@@ -343,7 +435,9 @@ def same(found: list[dict[str, torch.Tensor]], truth: list[dict[str, torch.Tenso
 
 @torch.no_grad()
 def true_hidden(target: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    return target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+    """What the target's LM head is given, ``[T, H]``."""
+    hidden = target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
+    return hidden / getattr(target.config.get_text_config(), "logits_mup_width_multiplier", 1)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -439,26 +533,34 @@ def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: 
         for step in head.chain:
             step.wiring = Wiring()
             step.head.weight.copy_(target.get_output_embeddings().weight)
+    if hasattr(embed := copy.deepcopy(target.get_input_embeddings()), "embed_norm"):  # transformers embeds without Inkling's norm
+        embed.embed_norm = torch.nn.Identity()
+        for step in head.chain:
+            step._unregistered = (embed, *step._unregistered[1:])
     stock = MtpModel(target, n).eval()
     for i, step in enumerate(made.truth):
         layer = stock.layers[i]
         layer.mtp_block.load_state_dict({n.removeprefix("layer."): t for n, t in step.items() if n.startswith("layer.")})
-        for part, module in (("enorm", layer.enorm), ("hnorm", layer.hnorm), ("eh_proj", layer.eh_proj), ("norm", layer.post_norm)):
-            module.weight.copy_(step[part + ".weight"])
+        norm = layer.post_norm if stock.use_post_norm else getattr(stock, "shared_post_norm", None)
+        for part, module in (("enorm", layer.enorm), ("hnorm", layer.hnorm), ("eh_proj", layer.eh_proj), ("norm", norm)):
+            assert (module is None) == (part + ".weight" not in step)
+            if module is not None:
+                module.weight.copy_(step[part + ".weight"])
     known = torch.randint(VOCAB, (3 * WINDOW,), generator=torch.Generator().manual_seed(2)).tolist()
-    hidden = true_hidden(target, known[:-1])
+    given = true_hidden(target, known[:-1])
+    hidden = head.take(given)
     ids, positions = torch.tensor([known[1:]]), torch.arange(1, len(known))[None]
     cache = MtpCache(config=target.config.get_mtp_config())
     tokens, _, _ = stock(ids, hidden[None], attention_mask=None, position_ids=positions, mtp_cache=cache)
     drafter.add(0, known[:-1])
-    drafter.accept(0, known[-1:], hidden)
+    drafter.accept(0, known[-1:], given)
     assert list(drafter.propose([0], [n])[0].tokens) == tokens[0].tolist()
     cache, ours, theirs = MtpCache(config=target.config.get_mtp_config()), hidden[None], hidden[None]
     for i, step in enumerate(head.chain):
         theirs = stock.forward_layer(i, theirs, positions, cache, input_ids=ids)
         ours = step(ids, ours)
         torch.testing.assert_close(step.norm(ours) if step.wiring.feeds_raw else ours, theirs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(step.logits(ours), target.get_output_embeddings()(theirs), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(step.logits(ours), stock._project_to_logits(theirs), rtol=1e-4, atol=1e-4)
         ids, positions = torch.cat([ids[:, 1:], tokens[:, i : i + 1]], dim=1), positions + 1
 
 
@@ -475,8 +577,8 @@ def test_hidden_state_from_before_the_norm_reaches_hnorm(make: Callable[..., Mad
 
 
 HIDDEN_FIRST, NO_NORM, ZERO_FIRST, GEMMA = (
-    {"mimo"},
-    {"ernie4_5_moe"},
+    {"mimo", "inkling", "inkling_text"},
+    {"ernie4_5_moe", "inkling_text"},
     {"mimo", "ernie4_5_moe", "hy_v3"},
     {"qwen3_next", "qwen3_5", "step3p7"},
 )
@@ -495,10 +597,12 @@ def test_wiring_is_the_familys(name: str, make: Callable[..., Made]) -> None:
 
     def norm(x: torch.Tensor, part: str) -> torch.Tensor:
         weight = weights[part + ".weight"] + (1 if name in GEMMA else 0)
-        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + made.target.config.get_text_config().rms_norm_eps)
+        config = made.target.config.get_text_config()
+        eps = config.layer_norm_epsilon if name == "nemotron_h" else config.rms_norm_eps
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
 
     logits = head.logits(head(tokens, hidden))
-    embedded = made.target.get_input_embeddings().weight[tokens].clone()
+    embedded = made.target.get_input_embeddings()(tokens).clone()  # with the target's own norm, where it has one
     if name in ZERO_FIRST:
         embedded[:, 0] = 0
     halves = [norm(embedded, "enorm"), norm(hidden, "hnorm")]
@@ -506,6 +610,8 @@ def test_wiring_is_the_familys(name: str, make: Callable[..., Made]) -> None:
     torch.testing.assert_close(seen["z"], z, rtol=1e-4, atol=1e-4)
     out = seen["out"] if name in NO_NORM else norm(seen["out"], "norm")
     vocabulary = weights["head.weight"] if "output" in made.case.parts else made.target.get_output_embeddings().weight
+    if name.startswith("inkling"):
+        out, vocabulary = out / 3, vocabulary[: VOCAB - 8]
     torch.testing.assert_close(logits, out @ vocabulary.T, rtol=1e-4, atol=1e-3)
     fed = seen["out"] if name.startswith(("glm", "step")) or name in NO_NORM else out
     torch.testing.assert_close(head(tokens, hidden), fed, rtol=1e-4, atol=1e-4)
@@ -521,7 +627,7 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def test_missing_weights_are_named(name: str, make: Callable[..., Made]) -> None:
     made = make(name)
     stored = case_name(made, "hnorm")
-    attention = next(n for n in made.weights if n.endswith("o_proj.weight") or n.endswith("dense.weight"))
+    attention = next(n for n in made.weights if n.endswith(("o_proj.weight", "dense.weight", "wo_ud.weight")))
     resave(made.folder, lambda w: [w.pop(n) for n in (stored, attention)])
     with pytest.raises(HeadError) as caught:
         load_head(None, made.target)
@@ -532,14 +638,14 @@ def test_missing_weights_are_named(name: str, make: Callable[..., Made]) -> None
 
 def case_name(made: Made, part: str) -> str:
     first = made.target.config.get_text_config().num_hidden_layers
-    return made.case.parts[part].format(layer=made.case.layer.format(n=first, i=0), i=0) + ".weight"
+    return made.case.parts[part].format(layer=made.case.prefix(first, 0), i=0) + ".weight"
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_left_over_weights_are_named(name: str, make: Callable[..., Made]) -> None:
     made = make(name)
     first = made.target.config.get_text_config().num_hidden_layers
-    stranger = made.case.layer.format(n=first, i=0) + "stranger.weight"
+    stranger = made.case.prefix(first, 0) + "stranger.weight"
     resave(made.folder, lambda w: w.update({stranger: torch.ones(3)}))
     with pytest.raises(HeadError, match=rf"left over {stranger} \[3\]"):
         load_head(None, made.target)
@@ -652,7 +758,8 @@ def test_export_loads_back_equal(name: str, make: Callable[..., Made], tmp_path:
     (file,) = out.glob("*.safetensors")
     exported = load_file(file)
     assert set(json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]) == exported.keys()
-    assert all(n.startswith(tuple(f"model.layers.{i}." for i in range(made.case.layers))) for n in exported)
+    count = made.case.layers * len(made.case.run)
+    assert all(n.startswith(tuple(f"model.layers.{i}." for i in range(count))) for n in exported)
     assert not any("embed_tokens" in n for n in exported)
     shutil.rmtree(made.folder)
     head = load_head(out, made.target)
