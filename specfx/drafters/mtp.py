@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from specfx.drafters.mtp_head import HeadKV, MtpHead, load_head
+from specfx.drafters.mtp_head import MtpHead, load_head
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.drafters.mtp_tree import draft, trees
 from specfx.errors import Reason, Refusal
 from specfx.options import MtpOptions
@@ -94,13 +95,16 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
     head = load_head(options.head, target, options.draft_vocab)
     head.try_out(target)
-    layers, shape = len(head.chain), options.shape(max_nodes, len(head.chain) > 1)
+    layers = len(head.chain)
+    chains_only = layers > 1 or head.recurrent
+    shape = options.shape(max_nodes, chains_only)
     if head.draft_ids is not None:
         shape = replace(shape, topk=min(shape.topk, len(head.draft_ids)))
     origin = f"{options.head}" if options.head else "in the target's checkpoint"
     drafter = MtpDrafter(head, shape, origin, options.min_token_prob)
-    if layers > 1 and (options.topk or 1) > 1:
-        detail = f"a head of {layers} layers drafts chains: topk={options.topk} is taken as 1"
+    if chains_only and (options.topk or 1) > 1:
+        which = f"of {layers} layers" if layers > 1 else "with convolutions"
+        detail = f"a head {which} drafts chains: topk={options.topk} is taken as 1"
         drafter.refusals.append(Refusal("mtp trees", Reason.DRAFTS_CHAINS, detail, "topk=1"))
     return drafter
 
