@@ -10,7 +10,7 @@ the last draft has made the next one already: `accept` is handed it, and `propos
 
 In a head of several layers, layer k makes draft step k (the last one also all later steps), over pairs of layer k - 1's hidden state
 at row t and x_{t+k+1}. Its last k rows hold drafted tokens: they too are dropped, and made anew when the true tokens are known. Such
-heads draft chains.
+heads draft chains, and so do those whose layers have convolutions over the rows before (Inkling).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from specfx.drafters.mtp_files import TRAIN, checkpoint_folder, read_config, read_tensor, weight_files
+from specfx.drafters.mtp_files import TRAIN, checkpoint_folder, model_types, read_config, read_tensor, text_fields, weight_files
 from specfx.errors import HeadError
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -301,7 +301,7 @@ def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
         return find_head_in(Path(path))[0]
     config = target.config.to_dict() | {"model_type": target.config.model_type}
     name = target.config._name_or_path
-    family = family_of(_model_types(config))
+    family = family_of(model_types(config))
     if family is None:
         raise HeadError(f"{name!r} is of model type {config['model_type']!r}, which has no MTP head that specfx knows; {_known()}. {TRAIN}")
     place = checkpoint_folder(name, getattr(target.config, "_commit_hash", None))
@@ -311,7 +311,7 @@ def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
 def find_head_in(place: Path) -> tuple[FoundHead, dict[str, Any]]:
     """The head in a file or folder, and the ``config.json`` beside it (empty where there is none). Raises `HeadError`."""
     files, config = weight_files(place), read_config(place)
-    family = family_of(_model_types(config))
+    family = family_of(model_types(config))
     if family is not None and any(str(a).endswith("NextN") for a in config.get("architectures") or ()):
         return locate(exported(family), place, files, config), config
     if family is None or PLAIN.layer[0].format(i=0) + "eh_proj.weight" in files:
@@ -323,12 +323,12 @@ def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mappi
     """The head of `family` among the names in `files`. Raises `HeadError` if there is none."""
     if family.refusal is not None:
         raise HeadError(f"heads of {family.name} can't be drafted with: {family.refusal}. {TRAIN}")
-    text = _text(config)
+    text = text_fields(config)
     first = int(text.get("num_hidden_layers") or text.get("num_layers") or 0)
     size = len(run_kinds(family, text))
-    family = dataclasses.replace(
-        family, parts={p: t for p, t in family.parts.items() if p not in family.stated or text.get(family.stated[p])}
-    )
+    if family.stated:
+        parts = {part: name for part, name in family.parts.items() if part not in family.stated or text.get(family.stated[part])}
+        family = dataclasses.replace(family, parts=parts)
 
     def prefix(template: str, i: int) -> str:
         return template.format(i=i, n=first + i)
@@ -388,19 +388,6 @@ def _assign(family: Family, names: Iterable[str], prefixes: tuple[str, ...], i: 
                 rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
             found["layer." + (f"{place}." if family.run else "") + rest] = name
     return found, skipped
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields of the language model. Inkling's config has those of the heads apart, in ``mtp_config``."""
-    inner, heads = config.get("text_config"), config.get("mtp_config")
-    text = inner if isinstance(inner, dict) else config
-    if not isinstance(heads, dict):
-        return text
-    return {"num_mtp_layers": heads.get("num_nextn_predict_layers"), **heads, **{k: v for k, v in text.items() if v is not None}}
-
-
-def _model_types(config: Mapping[str, Any]) -> tuple[str | None, ...]:
-    return config.get("model_type"), _text(config).get("model_type")
 
 
 def _known() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +77,17 @@ def read_config(place: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError) as e:
         raise HeadError(f"the config {file} can't be read: {e}") from e
+
+
+def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of the language model. Inkling's config has those of the heads apart, in ``mtp_config``."""
+    inner, heads = config.get("text_config"), config.get("mtp_config")
+    text = inner if isinstance(inner, dict) else config
+    if not isinstance(heads, dict):
+        return text
+    return {"num_mtp_layers": heads.get("num_nextn_predict_layers"), **heads, **{k: v for k, v in text.items() if v is not None}}
+
+
+def model_types(config: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """The whole model's and the language model's, if they are named."""
+    return config.get("model_type"), text_fields(config).get("model_type")

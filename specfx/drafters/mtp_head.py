@@ -51,7 +51,7 @@ class MtpHead(nn.Module):
 
     Build one with `from_target` (fresh) or `load_head` (trained). Its layer attends to the whole context, whatever window the
     target's layers have, unless its family says otherwise (`window`). Greedy drafts don't depend on scalings that a target applies
-    to its logits, their probabilities do.
+    to its logits, their probabilities do; of these only `divisor` is followed.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MtpHead(nn.Module):
         self.rope_type: str | None = None
         self.divisor = 1.0
         """The target divides the LM head's input by this."""
-        self.vocabulary: int = lm_head.weight.shape[0]  # type: ignore[assignment]
+        self.vocabulary: int = lm_head.weight.shape[0]  # type: ignore
         """Tokens that the LM head has logits for; its rows beyond them are padding."""
         self.recurrent = any(isinstance(module, nn.Conv1d) for module in layer.modules())
         """Rows must follow each other: convolutions look at the rows before, whoever's they are, so the head drafts chains."""
