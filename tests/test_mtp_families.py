@@ -553,7 +553,8 @@ def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: 
                 module.weight.copy_(step[part + ".weight"])
     known = torch.randint(VOCAB, (3 * WINDOW,), generator=torch.Generator().manual_seed(2)).tolist()
     given = true_hidden(target, known[:-1])
-    hidden = head.take(given)
+    hidden = target.get_decoder()(input_ids=torch.tensor([known[:-1]]), use_cache=False).last_hidden_state[0]
+    torch.testing.assert_close(head.take(given), hidden)
     ids, positions = torch.tensor([known[1:]]), torch.arange(1, len(known))[None]
     cache = MtpCache(config=target.config.get_mtp_config())
     tokens, _, _ = stock(ids, hidden[None], attention_mask=None, position_ids=positions, mtp_cache=cache)
