@@ -14,6 +14,7 @@ to keep. Values are unchanged.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     if len(anchors) < 2:
         raise NoMatch(f"{len(anchors)} attentions")
     alive = _alive(nodes)
-    room = min(anchors[0], *(b - a - 1 for a, b in zip(anchors, anchors[1:], strict=False)))
+    room = min(anchors[0], *(b - a - 1 for a, b in itertools.pairwise(anchors)))
     fewest = min(alive[anchors[1] - lead] for lead in range(room + 1))
     leads = [lead for lead in range(room + 1) if alive[anchors[1] - lead] == fewest]
     found = max((_stretches(nodes, lead, anchors) for lead in leads), key=lambda s: sum(len(x.nodes) for x in s))

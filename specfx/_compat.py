@@ -103,12 +103,12 @@ def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> tup
     return fx.GraphModule(module, graph), [fakes[name] for name in names]
 
 
-def weight_conversions() -> tuple[Any, Any, Any, Any] | None:
-    """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, WeightConverter, WeightRenaming,
-    rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
+def weight_conversions() -> tuple[Any, Any, Any, Any, Any] | None:
+    """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, get_checkpoint_conversion_mapping,
+    WeightConverter, WeightRenaming, rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:
         return None
-    return get_model_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key
+    return get_model_conversion_mapping, get_checkpoint_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key

@@ -77,6 +77,7 @@ class Reason(enum.Enum):
     NOT_ACCELERATED = "this call is not accelerated"
     ENGINE_NOT_READY = "the compiled engine is still being built"
     SWITCHED_OFF = "switched off by the user"
+    DRAFTS_CHAINS = "this head drafts chains only"
     DRAFTING_APART = "drafting is not part of the graph"
     NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"

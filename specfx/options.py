@@ -127,9 +127,9 @@ class MtpOptions:
         ok = most is None or (type(most) is int and 2 <= most <= MAX_ROWS)
         _check(ok, "num_draft_tokens", most, f"must be an int in 2..{MAX_ROWS}, or None")
 
-    def shape(self, max_nodes: int) -> TreeShape:
+    def shape(self, max_nodes: int, chains_only: bool = False) -> TreeShape:
         """The trees to draft: at most `max_nodes` nodes each."""
-        topk = self.topk if self.topk is not None else min(AUTOMATIC_TOPK, MAX_ROWS // self.num_steps)
+        topk = 1 if chains_only else self.topk if self.topk is not None else min(AUTOMATIC_TOPK, MAX_ROWS // self.num_steps)
         most = self.num_draft_tokens or (self.num_steps + 1 if topk == 1 else AUTOMATIC_DRAFT_TOKENS)
         return TreeShape(self.num_steps, topk, min(most, max_nodes + 1))
 

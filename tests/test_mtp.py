@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specfx.drafters.mtp import load_drafter
-from specfx.drafters.mtp_head import PREFIX, HeadKV, MtpHead, load_head, save_head
+from specfx.drafters.mtp_head import PREFIX, MtpHead, load_head, save_head
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.errors import HeadError
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
@@ -403,12 +404,31 @@ def test_a_draft_from_the_graph_is_handed_on_and_judged_while_drafting_rests(tar
 def test_kv_rows_survive_growth_and_going_back():
     kv, rows = HeadKV(), torch.randn(1, 2, 700, 4)
     kv.update(rows[:, :, :3], rows[:, :, :3])
-    kv.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
     kv.length = 3
+    kv.update(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4))
     kv.update(rows[:, :, 3:400], rows[:, :, 3:400])
+    kv.length = 400
     keys, values = kv.update(rows[:, :, 400:], rows[:, :, 400:])
     assert torch.equal(keys, rows)
     assert torch.equal(values, rows)
+
+
+def test_convolution_inputs_are_kept_as_far_as_drafts_reach():
+    """The three inputs before each row, also after going back; further back than is kept is an error, not other numbers."""
+    kv, inputs = HeadKV(), torch.randn(2, 5, 900)
+    for at, n in ((0, 1), (1, 1), (2, 300), (302, 4)):
+        got = kv.update_conv_state(inputs[..., at : at + n], 0, state_idx=1, conv_kernel_size=4)
+        assert torch.equal(got, inputs[..., max(0, at - 3) : at + n])
+        kv.length = at + n
+    for back in (2, 63, 128):
+        kv.length = 306 - back
+        assert torch.equal(kv.update_conv_state(inputs[..., :2], 0, 1, 4)[..., :3], inputs[..., 303 - back : 306 - back])
+        kv.length += 2
+        kv.update_conv_state(inputs[..., kv.length : 306], 0, 1, 4)
+        kv.length = 306
+    kv.length = 100
+    with pytest.raises(ValueError, match="can't go on from row 100: inputs are kept of rows"):
+        kv.update_conv_state(inputs[..., :1], 0, 1, 4)
 
 
 def test_other_llama_like_layers_draft_the_same_with_and_without_kv():

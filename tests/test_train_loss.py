@@ -12,7 +12,8 @@ from counting import counting_model, counting_texts, looked_up, random_head, uns
 from tiny import VOCAB, tiny_model
 
 from specfx.drafters.mtp import load_drafter
-from specfx.drafters.mtp_head import HeadKV, MtpHead, save_head
+from specfx.drafters.mtp_head import MtpHead, save_head
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.errors import OptionError
 from specfx.options import MtpOptions
 from specfx.train import evaluate, lookup, loop, loss

@@ -8,8 +8,9 @@ those steps hold guesses and are dropped before `propose` returns, so nothing of
 That is the reference. Where the head could be stitched into the target's graph (`specfx.engines.drafting`), the forward that verified
 the last draft has made the next one already: `accept` is handed it, and `propose` hands it on.
 
-Layer k of a head of several layers has pairs of layer k - 1's hidden state at row t and x_{t+k+1}: of n committed pairs it has n - k, and its
-rows of a draft stand behind those.
+Layer k of a head of several layers has pairs of layer k - 1's hidden state at row t and x_{t+k+1}: of n committed pairs it has n - k,
+and its rows of a draft stand behind those. Heads whose layers have convolutions over the rows before (Inkling) draft chains, beside
+the graph.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from specfx.drafters.mtp_head import HeadKV, MtpHead, load_head
+from specfx.drafters.mtp_head import MtpHead, load_head
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.drafters.mtp_tree import draft, trees
-from specfx.errors import Refusal
+from specfx.errors import Reason, Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
@@ -89,11 +91,15 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
     head = load_head(options.head, target, options.draft_vocab)
     head.try_out(target)
-    shape = options.shape(max_nodes)
+    shape = options.shape(max_nodes, chains_only=head.recurrent)
     if head.draft_ids is not None:
         shape = replace(shape, topk=min(shape.topk, len(head.draft_ids)))
     origin = f"{options.head}" if options.head else "in the target's checkpoint"
-    return MtpDrafter(head, shape, origin, options.min_token_prob)
+    drafter = MtpDrafter(head, shape, origin, options.min_token_prob)
+    if head.recurrent and (options.topk or 1) > 1:
+        detail = f"a head with convolutions drafts chains: topk={options.topk} is taken as 1"
+        drafter.refusals.append(Refusal("mtp trees", Reason.DRAFTS_CHAINS, detail, "topk=1"))
+    return drafter
 
 
 class MtpDrafter:
@@ -111,7 +117,10 @@ class MtpDrafter:
         self.head, self.shape, self._origin, self._floor = head, shape, origin, floor
         self.layers = head.chain[: shape.num_steps]
         self.refusals: list[Refusal] = []
-        self.drafting = Drafting(head, shape)
+        self.drafting = None if head.recurrent else Drafting(head, shape)
+        if head.recurrent:
+            detail = "a head with convolutions is run beside the graph, in eager PyTorch"
+            self.refusals.append(Refusal("mtp drafting", Reason.DRAFTING_APART, detail))
         self._sequences: dict[int, _Sequence] = {}
         self._right: deque[bool] = deque(maxlen=_JUDGED)
         self._rests, self._warned, self._steps_rested = False, False, 0

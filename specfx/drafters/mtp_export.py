@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from specfx.drafters.mtp_families import PLAIN, FoundHead, checkpoint_folder, exported, find_head_in
+from specfx.drafters.mtp_families import PLAIN, FoundHead, exported, find_head_in, stored_name
+from specfx.drafters.mtp_files import checkpoint_folder
 from specfx.errors import HeadError
 
 _FILE = "model-00001-of-00001.safetensors"
@@ -51,9 +52,9 @@ def export_nextn(target: Any, out: str | Path) -> Path:
 
 
 def _exported_name(found: FoundHead, i: int, part: str) -> str:
-    layer = PLAIN.layer[0].format(i=i)
-    own, _, rest = part.partition(".")
-    return layer + rest if own == "layer" else exported(found.family).parts[own].format(layer=layer) + rest
+    size = len(found.prefixes[i])
+    prefixes = tuple(PLAIN.layer[0].format(i=i * size + place) for place in range(size))
+    return stored_name(exported(found.family), prefixes, i, part)
 
 
 def _nextn_config(config: dict[str, Any], layers: int) -> dict[str, Any]:

@@ -11,8 +11,7 @@ Names are those of the published checkpoints; sources of the wiring are transfor
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from specfx.drafters.mtp_files import TRAIN, checkpoint_folder, model_types, read_config, read_tensor, text_fields, weight_files
 from specfx.errors import HeadError
 
-TRAIN = "Train one with `specfx train mtp` and give its path as head=."
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -51,13 +50,18 @@ _APPENDED = ("model.layers.{n}.", "model.language_model.layers.{n}.")
 class Family:
     """One family of heads.
 
-    In templates ``{i}`` is the head's layer, ``{n}`` the number of the target's layers plus ``i``, ``{layer}`` the layer's prefix.
+    In templates ``{i}`` is the head's layer, ``{n}`` the number of the target's layers plus ``i``, ``{layer}`` the layer's prefix (of a
+    run of sublayers ``{i}`` counts these, ``{layer}`` is the first one's and ``{last}`` the last one's).
 
     layer: prefixes of layer i's weights, of which a checkpoint has one. parts: what stands beside the decoder layer, name in `MtpHead`
     -> prefix in the checkpoint (no ``norm``: the family has no final norm; ``head``: an LM head of its own). root: all names that
     belong to heads, if they aren't just the layers'. ignored: copies of what the target shares. strip: infixes without meaning.
     renames: a decoder layer's names that differ from the target's layers'. count: the config's field for the number of layers; absent,
-    there are `default`, or as many as the checkpoint holds. refusal: why a head of this family can't be drafted with.
+    there are `default`, or as many as the checkpoint holds. stated: parts that are there only if a field of the config is true. run: the
+    config's fields that list the sublayers that are one layer of the head together. converted_as: the model type whose names
+    transformers converts, for a target of one that has none converted. norm, rotary: the target's final norm, and whether its layers
+    take rotary positions. divisor: the config's field for what the target divides the LM head's input by. refusal: why a head of this
+    family can't be drafted with.
     """
 
     name: str
@@ -70,6 +74,12 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     count: str | None = "num_nextn_predict_layers"
     default: int | None = None
+    stated: Mapping[str, str] = field(default_factory=dict)
+    run: tuple[str, ...] = ()
+    converted_as: str | None = None
+    norm: str = "norm"
+    rotary: bool = True
+    divisor: str | None = None
     wiring: Wiring = Wiring()
     refusal: str | None = None
 
@@ -149,23 +159,41 @@ FAMILIES: tuple[Family, ...] = (
         "Nemotron-H",
         ("nemotron_h",),
         layer=("mtp.layers.{i}.",),
+        parts=_DEEPSEEK_PARTS | {"norm": "{last}final_layernorm."},
         root="mtp.",
-        refusal="its steps are runs of attention and MoE sublayers, which aren't built yet",
+        ignored=(),
+        run=("mtp_hybrid_override_pattern", "mtp_layers_block_type"),
+        norm="norm_f",
+        rotary=False,
+    ),
+    # vLLM and SGLang embed with the target's own norm, as the checkpoint was trained; transformers 5.23 leaves it out.
+    Family(
+        "Inkling",
+        ("inkling_mm_model", "inkling", "inkling_text"),
+        layer=("model.mtp.layers.{i}.",),
+        parts={
+            "enorm": "{layer}embed_norm.",
+            "hnorm": "{layer}hidden_norm.",
+            "eh_proj": "{layer}input_proj.",
+            "norm": "model.mtp.chain_norm.",
+        },
+        root="model.mtp.",
+        ignored=(),
+        strip=("transformer_block.",),
+        count="num_mtp_layers",
+        stated={"norm": "chain_hidden_post_norm"},
+        converted_as="inkling_mm_model",
+        rotary=False,
+        divisor="logits_mup_width_multiplier",
+        wiring=Wiring(hidden_first=True),
     ),
     Family(
         "DeepSeek-V4",
         ("deepseek_v4",),
         layer=("mtp.{i}.",),
         root="mtp.",
-        refusal="it takes the hyper-connection streams from before hc_head, which no engine hands out yet",
-    ),
-    Family(
-        "Inkling",
-        ("inkling_mm_model", "inkling", "inkling_text"),
-        layer=("model.mtp.layers.{i}.",),
-        root="model.mtp.",
-        count="num_mtp_layers",
-        refusal="its layers hold the state of short convolutions, which can't be rolled back yet",
+        refusal="its layers take the target's hyper-connection streams (hc_mult of them for each token) from before hc_head; engines hand "
+        "out what the LM head is given, where hc_head has made one of them, and the streams can't be told from that",
     ),
 )
 
@@ -179,7 +207,22 @@ def exported(family: Family) -> Family:
     return dataclasses.replace(family, layer=PLAIN.layer, parts=parts, root="", ignored=(), strip=(), renames=(), count=None, default=None)
 
 
-_EXPORTED_PARTS = _DEEPSEEK_PARTS | {"head": "{layer}shared_head.head."}
+_EXPORTED_PARTS = _DEEPSEEK_PARTS | {"norm": "{last}shared_head.norm.", "head": "{layer}shared_head.head."}
+_PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
+
+
+def run_kinds(family: Family, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of the sublayers that are one layer of a head of `family`; one, without a name, where layers have no sublayers.
+
+    Raises `HeadError` if the config doesn't list them.
+    """
+    if not family.run:
+        return ("",)
+    listed = next((value for name in family.run if (value := config.get(name))), None)
+    kinds = tuple(_PATTERN.get(kind, kind) for kind in listed) if isinstance(listed, (str, list, tuple)) else ()
+    if not kinds:
+        raise HeadError(f"the config of a {family.name} model doesn't list a head's sublayers: it needs {' or '.join(family.run)}")
+    return kinds
 
 
 def family_of(model_types: Iterable[str | None]) -> Family | None:
@@ -191,15 +234,15 @@ def family_of(model_types: Iterable[str | None]) -> Family | None:
 class FoundHead:
     """A head's place: its `family`, the folder or file `where`, and for each of its layers the names.
 
-    layers: for each layer, name in `MtpHead` -> name in the checkpoint; the decoder layer's start with ``layer.`` and are as the
-    checkpoint has them (experts apart, say). prefixes: of each layer in the checkpoint. left_over: names under the head's prefix that
-    the family doesn't know. files: the file of each name.
+    layers: for each layer, name in `MtpHead` -> name in the checkpoint; the decoder layer's start with ``layer.`` (and the sublayer's
+    number, in a run) and are as the checkpoint has them (experts apart, say). prefixes: of each layer in the checkpoint, of a run each
+    sublayer's. left_over: names under the head's prefix that the family doesn't know. files: the file of each name.
     """
 
     family: Family
     where: Path
     layers: tuple[Mapping[str, str], ...]
-    prefixes: tuple[str, ...]
+    prefixes: tuple[tuple[str, ...], ...]
     left_over: tuple[str, ...]
     files: Mapping[str, Path]
 
@@ -235,14 +278,16 @@ class FoundHead:
         """What `part` (a name in `MtpHead`) of a layer is called in the checkpoint, also if it isn't there."""
         if part in self.layers[layer]:
             return self.layers[layer][part]
-        own, _, rest = part.partition(".")
-        template = "{layer}" if own == "layer" else self.family.parts[own]
-        return template.format(layer=self.prefixes[layer], i=layer) + rest
+        return stored_name(self.family, self.prefixes[layer], layer, part)
 
 
-def read_tensor(file: Any, name: str) -> torch.Tensor:
-    """One tensor of an open safetensors file: every weight of a head comes through here."""
-    return file.get_tensor(name)
+def stored_name(family: Family, prefixes: tuple[str, ...], i: int, part: str) -> str:
+    """What `part` of a head's layer `i` is called in a checkpoint of `family` whose (sub)layers have these `prefixes`."""
+    own, _, rest = part.partition(".")
+    if own != "layer":
+        return _fill(family.parts[own], prefixes, i) + rest
+    place, _, after = rest.partition(".") if family.run else ("0", "", rest)
+    return prefixes[int(place)] + after
 
 
 def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
@@ -256,17 +301,17 @@ def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
         return find_head_in(Path(path))[0]
     config = target.config.to_dict() | {"model_type": target.config.model_type}
     name = target.config._name_or_path
-    family = family_of(_model_types(config))
+    family = family_of(model_types(config))
     if family is None:
         raise HeadError(f"{name!r} is of model type {config['model_type']!r}, which has no MTP head that specfx knows; {_known()}. {TRAIN}")
     place = checkpoint_folder(name, getattr(target.config, "_commit_hash", None))
-    return locate(family, place, _files(place), config)
+    return locate(family, place, weight_files(place), config)
 
 
 def find_head_in(place: Path) -> tuple[FoundHead, dict[str, Any]]:
     """The head in a file or folder, and the ``config.json`` beside it (empty where there is none). Raises `HeadError`."""
-    files, config = _files(place), _config(place)
-    family = family_of(_model_types(config))
+    files, config = weight_files(place), read_config(place)
+    family = family_of(model_types(config))
     if family is not None and any(str(a).endswith("NextN") for a in config.get("architectures") or ()):
         return locate(exported(family), place, files, config), config
     if family is None or PLAIN.layer[0].format(i=0) + "eh_proj.weight" in files:
@@ -278,8 +323,12 @@ def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mappi
     """The head of `family` among the names in `files`. Raises `HeadError` if there is none."""
     if family.refusal is not None:
         raise HeadError(f"heads of {family.name} can't be drafted with: {family.refusal}. {TRAIN}")
-    text = _text(config)
+    text = text_fields(config)
     first = int(text.get("num_hidden_layers") or text.get("num_layers") or 0)
+    size = len(run_kinds(family, text))
+    if family.stated:
+        parts = {part: name for part, name in family.parts.items() if part not in family.stated or text.get(family.stated[part])}
+        family = dataclasses.replace(family, parts=parts)
 
     def prefix(template: str, i: int) -> str:
         return template.format(i=i, n=first + i)
@@ -289,6 +338,7 @@ def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mappi
     mark = family.parts["eh_proj"] + "weight" if family is PLAIN else "{layer}"  # a stray weight makes no layer of a trained head
     while any(name.startswith(mark.format(layer=prefix(template, held))) for name in files):
         held += 1
+    held = -(-held // size)
     stated = text.get(family.count) if family.count is not None else None
     n = stated if isinstance(stated, int) else family.default if family.default is not None else held
     if family is PLAIN:
@@ -298,26 +348,28 @@ def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mappi
             f"{place} holds no MTP head: no weight of the {len(files)} there starts with {prefix(template, 0)} "
             f"({family.name}, {family.count or 'layers'}={stated}); {_known()}. {TRAIN}"
         )
+    prefixes = [tuple(prefix(template, i * size + place) for place in range(size)) for i in range(max(n, held))]
     if family.root is not None:
         names = [name for name in files if name.startswith(family.root)]
     else:
-        roots = tuple(prefix(template, i) for i in range(max(n, held)))
-        names = [name for name in files if name.startswith(roots)]
+        names = [name for name in files if name.startswith(tuple(p for layer in prefixes for p in layer))]
     layers: list[dict[str, str]] = []
     known: set[str] = set()
     for i in range(n):
-        layer = prefix(template, i)
-        found, ignored = _assign(family, names, layer, i)
+        found, ignored = _assign(family, names, prefixes[i], i)
         layers.append(found)
         known |= ignored | set(found.values())
-    prefixes = tuple(prefix(template, i) for i in range(n))
-    return FoundHead(family, place, tuple(layers), prefixes, tuple(name for name in names if name not in known), files)
+    return FoundHead(family, place, tuple(layers), tuple(prefixes[:n]), tuple(name for name in names if name not in known), files)
 
 
-def _assign(family: Family, names: Iterable[str], layer: str, i: int) -> tuple[dict[str, str], set[str]]:
+def _fill(template: str, prefixes: tuple[str, ...], i: int) -> str:
+    return template.format(layer=prefixes[0], last=prefixes[-1], i=i)
+
+
+def _assign(family: Family, names: Iterable[str], prefixes: tuple[str, ...], i: int) -> tuple[dict[str, str], set[str]]:
     """(name in `MtpHead` -> name in the checkpoint, ignored names) of one layer."""
-    parts = {own: template.format(layer=layer, i=i) for own, template in family.parts.items()}
-    ignored = tuple(template.format(layer=layer, i=i) for template in family.ignored)
+    parts = {own: _fill(template, prefixes, i) for own, template in family.parts.items()}
+    ignored = tuple(_fill(template, prefixes, i) for template in family.ignored)
     found: dict[str, str] = {}
     skipped: set[str] = set()
     for name in names:
@@ -325,84 +377,17 @@ def _assign(family: Family, names: Iterable[str], layer: str, i: int) -> tuple[d
         for infix in family.strip:
             plain = plain.replace(f".{infix}", ".")
         own = next((own for own, prefix in parts.items() if plain.startswith(prefix)), None)
+        place = next((k for k, prefix in enumerate(prefixes) if plain.startswith(prefix)), None)
         if plain.startswith(ignored) and ignored:
             skipped.add(name)
         elif own is not None:
             found[f"{own}." + plain.removeprefix(parts[own])] = name
-        elif plain.startswith(layer):
-            rest = plain.removeprefix(layer)
+        elif place is not None:
+            rest = plain.removeprefix(prefixes[place])
             for old, new in family.renames:
                 rest = new + rest.removeprefix(old) if rest.startswith(old) else rest
-            found["layer." + rest] = name
+            found["layer." + (f"{place}." if family.run else "") + rest] = name
     return found, skipped
-
-
-def checkpoint_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: `name` itself, or a Hub id's snapshot in the cache. Downloads nothing. Raises `HeadError`."""
-    folder = Path(name)
-    if str(name) and folder.exists():
-        return folder
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    for file in ("config.json", "model.safetensors.index.json", "model.safetensors"):
-        try:
-            cached = try_to_load_from_cache(str(name), file, revision=revision) if str(name) else None
-        except HFValidationError:
-            break
-        if isinstance(cached, str):
-            return Path(cached).parent
-    raise HeadError(f"no checkpoint to look for an MTP head in: {str(name)!r} is no folder and not in the Hub's cache. {TRAIN}")
-
-
-def _files(place: Path) -> dict[str, Path]:
-    """The file of each weight at `place`, from the index where there is one."""
-    index = place / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            weights = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as e:
-            raise HeadError(f"the index {index} can't be read: {type(e).__name__}: {e}") from e
-        return {name: place / file for name, file in weights.items()}
-    whole = place / "model.safetensors"
-    if place.is_dir():
-        shards: Sequence[Path] = [whole] if whole.is_file() else sorted(place.glob("*.safetensors"))
-    else:
-        shards = [place] if place.is_file() else []
-    if not shards:
-        raise HeadError(f"no head at {place}: give a .safetensors file or a folder that holds one (see `specfx train mtp --help`)")
-    files: dict[str, Path] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as f:
-                names = list(f.keys())
-        except (SafetensorError, OSError) as e:
-            raise HeadError(f"the head {shard} can't be read as safetensors: {e}") from e
-        twice = sorted(files.keys() & set(names))
-        if twice:
-            raise HeadError(f"the head {place} holds {', '.join(twice)} twice (again in {shard.name}): keep one head in a folder")
-        files |= dict.fromkeys(names, shard)
-    return files
-
-
-def _config(place: Path) -> dict[str, Any]:
-    """The config.json at `place`, empty where there is none."""
-    file = place / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as e:
-        raise HeadError(f"the config {file} can't be read: {e}") from e
-
-
-def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def _model_types(config: Mapping[str, Any]) -> tuple[str | None, ...]:
-    return config.get("model_type"), _text(config).get("model_type")
 
 
 def _known() -> str:

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from specfx.drafters.mtp_families import PLAIN, Family, Wiring, find_head
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.drafters.mtp_layers import TargetParts, family_layer, own_copy, target_parts, to_target_names
 from specfx.errors import HeadError
 
@@ -39,41 +40,6 @@ DRAFT_VOCAB = "draft_vocab.safetensors"
 """File beside a head's `model.safetensors`; its one tensor is ``draft_vocab``: ``[N]`` int64."""
 _OWN = {"enorm.": "enorm.", "hnorm.": "hnorm.", "eh_proj.": "eh_proj.", "norm.": "shared_head.norm."}
 """What stands beside the decoder layer: prefix in `MtpHead` -> prefix in the file (after `PREFIX`)."""
-
-
-class HeadKV:
-    """KV of a head's one layer for one sequence, or for a batch in step: rows ``0 .. length - 1`` are in use.
-
-    Decoder layers see it as their cache (`update` is all of that interface that they use). Rows are written into preallocated
-    ``[B, KV heads, capacity, D]`` tensors that grow by doubling; `length` may be set back, which forgets the rows beyond it.
-    """
-
-    def __init__(self) -> None:
-        self.length = 0
-        self.keys: torch.Tensor | None = None
-        self.values: torch.Tensor | None = None
-
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append ``[B, KV heads, n, D]`` and return views of all rows, the new ones included."""
-        end = self.length + keys.shape[2]
-        self.keys = self._room(self.keys, keys, end)
-        self.values = self._room(self.values, values, end)
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def get_seq_length(self, *_: object) -> int:
-        return self.length
-
-    def _room(self, old: torch.Tensor | None, new: torch.Tensor, rows: int) -> torch.Tensor:
-        if old is not None and old.shape[2] >= rows:
-            return old
-        batch, heads, _, dim = new.shape
-        grown = new.new_empty(batch, heads, max(256, 2 * rows), dim)
-        if old is not None:
-            grown[:, :, : self.length] = old[:, :, : self.length]
-        return grown
 
 
 class MtpHead(nn.Module):
@@ -85,7 +51,7 @@ class MtpHead(nn.Module):
 
     Build one with `from_target` (fresh) or `load_head` (trained). Its layer attends to the whole context, whatever window the
     target's layers have, unless its family says otherwise (`window`). Greedy drafts don't depend on scalings that a target applies
-    to its logits, their probabilities do.
+    to its logits, their probabilities do; of these only `divisor` is followed.
     """
 
     def __init__(
@@ -94,7 +60,7 @@ class MtpHead(nn.Module):
         norm: Any,
         enorm: nn.Module,
         hnorm: nn.Module,
-        rotary: nn.Module,
+        rotary: nn.Module | None,
         embed: nn.Module,
         lm_head: nn.Module,
         wiring: Wiring = Wiring(),  # noqa: B008 (frozen)
@@ -115,13 +81,20 @@ class MtpHead(nn.Module):
         self.wiring = wiring
         self.window: int | None = None
         self.rope_type: str | None = None
+        self.divisor = 1.0
+        """The target divides the LM head's input by this."""
+        self.vocabulary: int = lm_head.weight.shape[0]  # type: ignore
+        """Tokens that the LM head has logits for; its rows beyond them are padding."""
+        self.recurrent = any(isinstance(module, nn.Conv1d) for module in layer.modules())
+        """Rows must follow each other: convolutions look at the rows before, whoever's they are, so the head drafts chains."""
         self.draft_ids: torch.Tensor | None
         """``[N]``: the tokens that are drafted, or None for all."""
         self.draft_weight: torch.Tensor
         self.draft_bias: torch.Tensor | None
         for name in ("draft_ids", "draft_weight", "draft_bias"):
             self.register_buffer(name, None, persistent=False)
-        self._eager = layer.self_attn.config._attn_implementation == "eager"
+        self._eager = any(getattr(getattr(m, "config", None), "_attn_implementation", None) == "eager" for m in layer.modules())
+        self._indexed = any(hasattr(module, "indexer") for module in layer.modules())  # it picks rows by its mask, and needs one
         # In a tuple nn.Module does not register them: they are the target's, or the head's own once more, and the frequencies must stay
         # float32 in `.to()`.
         self._unregistered = (embed, lm_head, rotary, final_norm)
@@ -147,13 +120,17 @@ class MtpHead(nn.Module):
 
         Its weights are still those of the target's layers, or random.
         """
-        parts = target_parts(target)
+        parts = target_parts(target, family)
+        text = parts.decoder.config
         steps = []
         for i, weights in enumerate(layers):
-            layer, kind, window = family_layer(target, parts, i, weights)
+            layer, kind, window = family_layer(target, parts, family, i, weights)
             step = cls._around(layer, target, parts, family)
             step.window = window
-            step.rope_type = kind if "layer_type" in inspect.signature(type(parts.rotary).forward).parameters else None
+            if parts.rotary is not None and "layer_type" in inspect.signature(type(parts.rotary).forward).parameters:
+                step.rope_type = kind
+            step.divisor = getattr(text, family.divisor) if family.divisor else 1.0
+            step.vocabulary = min(step.vocabulary, getattr(text, "unpadded_vocab_size", None) or step.vocabulary)
             steps.append(step)
         steps[0].further.extend(steps[1:])
         return steps[0].requires_grad_(False).eval()
@@ -195,6 +172,8 @@ class MtpHead(nn.Module):
 
         A family that wants them from before the final norm gets them up to a factor for each row, which `hnorm` takes out again.
         """
+        if self.divisor != 1:
+            hidden = hidden * self.divisor
         if not self.wiring.takes_raw:
             return hidden
         scale = self._unregistered[3](torch.ones_like(hidden[..., :1, :]))  # the norm's weight: its input has unit mean square
@@ -215,12 +194,16 @@ class MtpHead(nn.Module):
         ``[B or 1, T]`` default to the rows' indices in `kv` (vLLM's choice: under RoPE only differences count). `mask` (True: may be
         seen), ``[B or 1, 1, T, length + T]``, defaults to causal.
         """
+        if kv is None and self.recurrent:
+            kv = HeadKV()  # its layer asks it for the positions
         past = kv.length if kv is not None else 0
         n = tokens.shape[1]
         if positions is None:
             positions = torch.arange(past, past + n, device=tokens.device)[None]
         narrow = self.window is not None and past + n > self.window
-        if mask is None and (narrow or (n > 1 and (past or self._eager))):  # sdpa knows the plain causal triangle without a mask
+        if mask is None and (
+            narrow or self._indexed or (n > 1 and (past or self._eager))
+        ):  # sdpa knows the plain causal triangle without a mask
             mask = torch.ones(n, past + n, dtype=torch.bool, device=tokens.device).tril(past)[None, None]
             if narrow:
                 assert self.window is not None
@@ -239,20 +222,17 @@ class MtpHead(nn.Module):
             embedded = embedded.masked_fill((positions == 0)[..., None], 0)
         halves = [self.enorm(embedded), self.hnorm(hidden)]
         z = self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
-        z = self.layer(
-            z,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=kv,
-            use_cache=kv is not None,
-            position_embeddings=rotary(z, positions, *([self.rope_type] if self.rope_type else [])),
-        )
+        rotation = {} if rotary is None else {"position_embeddings": rotary(z, positions, *([self.rope_type] if self.rope_type else []))}
+        z = self.layer(z, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=kv is not None, **rotation)
+        if kv is not None:
+            kv.length += tokens.shape[1]
         z = z[0] if isinstance(z, tuple) else z
         return z if self.wiring.feeds_raw else self.norm(z)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
-        return self._unregistered[1](self._headed(hidden))
+        logits = self._unregistered[1](self._headed(hidden))
+        return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
 
     def draft_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """`logits` of the draft vocabulary alone, ``[..., N]``, if there is one (`restrict`)."""
@@ -261,7 +241,8 @@ class MtpHead(nn.Module):
         return torch.nn.functional.linear(self._headed(hidden), self.draft_weight, self.draft_bias)
 
     def _headed(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden) if self.wiring.feeds_raw else hidden
+        hidden = self.norm(hidden) if self.wiring.feeds_raw else hidden
+        return hidden if self.divisor == 1 else hidden / self.divisor
 
     @torch.no_grad()
     def restrict(self, ids: torch.Tensor) -> None:
@@ -270,8 +251,7 @@ class MtpHead(nn.Module):
 
         Raises `HeadError` for ids that are not of the target's vocabulary.
         """
-        lm_head: Any = self._unregistered[1]
-        size = lm_head.weight.shape[0]
+        size = self.vocabulary
         fits = ids.dim() == 1 and ids.dtype == torch.int64 and 0 < len(ids) == len(ids.unique()) and 0 <= ids.min() <= ids.max() < size
         if not fits:
             raise HeadError(f"a draft vocabulary must be different int64 ids [N] below {size}, got {ids.dtype} {_shape(ids)}")
@@ -333,7 +313,7 @@ def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Pat
     """
     found = find_head(target, path)
     where = found.where
-    stored = [to_target_names(target, weights, where) for weights in found.read()]
+    stored = [to_target_names(target, found.family, weights, where) for weights in found.read()]
     if found.family is PLAIN:
         head = MtpHead.from_target(target)
         head.further.extend(MtpHead.from_target(target) for _ in stored[1:])

@@ -3,7 +3,7 @@
 A head's layer is one more layer of the target's class. Where transformers knows the family (`PreTrainedConfig.get_mtp_config`), it is
 built from that config, as in transformers' `MtpModel`. Elsewhere it is put together from the target's own parts: a copy of its last
 attention layer, whose attention and MLP are exchanged for those of another layer if that is what the checkpoint's names and shapes ask
-for (a dense MLP in a model of experts, say).
+for (a dense MLP in a model of experts, say). In Nemotron-H, whose layers are either attention or MLP, a step is a run of them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import torch
 from torch import nn
 
 from specfx._compat import weight_conversions
+from specfx.drafters.mtp_families import PLAIN, Family, run_kinds
 from specfx.errors import HeadError
 
-_SLIDING = "sliding_attention"
+_SLIDING = ("sliding_attention", "hybrid_sliding")
 
 
 @dataclass(frozen=True)
 class TargetParts:
-    """What a head takes from its target. layer: the last one with attention, `index` its place; the others as their names say."""
+    """What a head takes from its target. layer: the last one with attention, `index` its place; rotary: None in families whose layers
+    take no rotary positions; the others as their names say."""
 
     decoder: Any
     layer: Any
@@ -37,14 +39,15 @@ class TargetParts:
     lm_head: nn.Module
 
 
-def target_parts(target: Any) -> TargetParts:
-    """The parts of a Llama-like target. Raises `HeadError`, which says what is lacking, for any other."""
+def target_parts(target: Any, family: Family = PLAIN) -> TargetParts:
+    """The parts of a Llama-like target, or of one of `family`. Raises `HeadError`, which says what is lacking, for any other."""
     decoder: Any = target.get_decoder() if hasattr(target, "get_decoder") else None
-    lacking = [name for name in ("layers", "norm", "rotary_emb") if getattr(decoder, name, None) is None]
+    wanted = ["layers", family.norm, *(["rotary_emb"] if family.rotary else [])]
+    lacking = [name for name in wanted if getattr(decoder, name, None) is None]
     embed, lm_head = target.get_input_embeddings(), target.get_output_embeddings()
     lacking += [name for name, module in (("input embeddings", embed), ("LM head", lm_head)) if module is None]
     index = -1
-    if not lacking:
+    if not lacking and not family.run:
         kinds = layer_kinds(decoder)
         index = max((i for i, kind in enumerate(kinds) if kind != "linear_attention"), default=len(kinds) - 1)
         layer = decoder.layers[index]
@@ -52,12 +55,14 @@ def target_parts(target: Any) -> TargetParts:
         takes = {**inspect.signature(layer.forward).parameters}
         if any(p.kind is p.VAR_KEYWORD for p in takes.values()) and isinstance(attention, nn.Module):  # handed on
             takes |= inspect.signature(attention.forward).parameters
-        lacking = [f"a layer that takes {name}" for name in ("position_embeddings", "past_key_values") if name not in takes]
+        wanted = ["past_key_values", *(["position_embeddings"] if family.rotary else [])]
+        lacking = [f"a layer that takes {name}" for name in sorted(wanted, reverse=True) if name not in takes]
         lacking += ["self-attention in its last layer"] if attention is None else []
         lacking += [f"floating-point {n}" for n, p in layer.named_parameters() if not p.dtype.is_floating_point]
     if lacking:
         raise HeadError(f"{type(target).__name__} can't have an MTP head: it is not built like Llama (lacks {', '.join(lacking)})")
-    return TargetParts(decoder, decoder.layers[index], index, decoder.norm, decoder.rotary_emb, embed, lm_head)
+    rotary = decoder.rotary_emb if family.rotary else None
+    return TargetParts(decoder, decoder.layers[index], index, getattr(decoder, family.norm), rotary, embed, lm_head)
 
 
 def layer_kinds(decoder: Any) -> list[str]:
@@ -71,12 +76,13 @@ def own_copy(layer: Any, target: Any) -> Any:
     return _alone(copy.deepcopy(layer), target)
 
 
-def _alone(layer: Any, target: Any) -> Any:
+def _alone(layer: Any, target: Any, place: int = 0) -> Any:
+    """`layer` without hooks; `place` is the number by which it calls its cache."""
     for module in layer.modules():  # hooks belong to the target (offload, output capture), not to the copy
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
             hooks.clear()
         if hasattr(module, "layer_idx"):
-            module.layer_idx = 0
+            module.layer_idx = place
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
         if hasattr(module, "config"):  # a copy too; whatever runs the target's attention, this layer's is stock
@@ -84,21 +90,55 @@ def _alone(layer: Any, target: Any) -> Any:
     return layer
 
 
-def family_layer(target: Any, parts: TargetParts, i: int, weights: Mapping[str, torch.Tensor]) -> tuple[Any, str, int | None]:
-    """Layer `i` of a head: (module, kind of attention, window). `weights` have the names of `MtpHead`, as `to_target_names` gives them."""
+def family_layer(
+    target: Any, parts: TargetParts, family: Family, i: int, weights: Mapping[str, torch.Tensor]
+) -> tuple[Any, str, int | None]:
+    """Layer `i` of a head: (module, kind of attention, window). `weights` have the names of `MtpHead`, as `to_target_names` gives them.
+
+    Raises `HeadError` for a run of sublayers with a recurrent state.
+    """
+    if family.run:
+        return _run(target, parts, family), "full_attention", None
+    place = 0
     try:
         config = target.config.get_mtp_config()
-        layer = type(parts.layer)(config, i)
+        layer = _like_targets(type(parts.layer)(config, i), parts)
         kind = (getattr(config, "layer_types", None) or ["full_attention"] * (i + 1))[i]
-        like = parts.layer.state_dict()
-        layer.to(parts.norm.weight)
-        for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
-            if name in like:  # a router's bias, say, stays float32
-                tensor.data = tensor.data.to(like[name].dtype)
+        place = i  # where transformers builds the layer it counts positions by it (`HeadKV.get_query_offset`)
     except (AttributeError, IndexError, ValueError):  # transformers has no such config, or not for this family
         layer, kind = _from_parts(target, parts, {n.removeprefix("layer."): t for n, t in weights.items() if n.startswith("layer.")})
         config = parts.decoder.config
-    return _alone(layer, target), kind, getattr(config, "sliding_window", None) if kind == _SLIDING else None
+    return _alone(layer, target, place), kind, getattr(config, "sliding_window", None) if kind in _SLIDING else None
+
+
+def _like_targets(layer: Any, parts: TargetParts) -> Any:
+    """`layer` on the target's device and in its precision; what the target keeps in another (a router's bias in float32) has that."""
+    layer.to(parts.norm.weight)
+    precise = {name: tensor.dtype for like in parts.decoder.layers for name, tensor in like.state_dict().items()}
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        tensor.data = tensor.data.to(precise.get(name, tensor.dtype))
+    return layer
+
+
+class SublayerRun(nn.ModuleList):
+    """Layers of one part each (attention or MLP) that are one step of a head together."""
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        """``[B, T, H]`` -> ``[B, T, H]``; the keyword arguments are each layer's."""
+        for layer in self:
+            hidden = layer(hidden, **arguments)
+        return hidden
+
+
+def _run(target: Any, parts: TargetParts, family: Family) -> SublayerRun:
+    config = copy.deepcopy(parts.decoder.config)
+    kinds = run_kinds(family, config.to_dict())
+    if recurrent := sorted({kind for kind in kinds if kind not in ("full_attention", "moe", "mlp")}):
+        state = "hold a state that can't be rolled back"
+        raise HeadError(f"heads of {family.name} with sublayers of type {', '.join(recurrent)} can't be drafted with: they {state}")
+    config.layers_block_type = list(kinds)
+    layers = [_like_targets(type(parts.layer)(config, place), parts) for place in range(len(kinds))]
+    return SublayerRun(_alone(layer, target, place) for place, layer in enumerate(layers))
 
 
 def _from_parts(target: Any, parts: TargetParts, weights: Mapping[str, torch.Tensor]) -> tuple[Any, str]:
@@ -138,7 +178,7 @@ def _single(layer: Any) -> PreNormLayer:
     return PreNormLayer(*(copy.deepcopy(module) for module in first))
 
 
-def to_target_names(target: Any, weights: Mapping[str, torch.Tensor], where: Path) -> dict[str, torch.Tensor]:
+def to_target_names(target: Any, family: Family, weights: Mapping[str, torch.Tensor], where: Path) -> dict[str, torch.Tensor]:
     """A layer's weights under the names of the target's modules: experts fused, attention renamed, as transformers does on loading.
 
     `weights` have the names of `MtpHead`; those that don't start with ``layer.``, and those that the target's layers know, are kept.
@@ -147,11 +187,11 @@ def to_target_names(target: Any, weights: Mapping[str, torch.Tensor], where: Pat
     loading = weight_conversions()
     if loading is None:
         return dict(weights)
-    get_model_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key = loading
+    get_model_conversion_mapping, get_checkpoint_conversion_mapping, WeightConverter, WeightRenaming, rename_source_key = loading
     decoder = target.get_decoder()
     known = {name for layer in decoder.layers for name in layer.state_dict()}
     stem = next(name for name, module in target.named_modules() if module is decoder) + ".layers.0."
-    transforms = get_model_conversion_mapping(target, add_legacy=False)
+    transforms = get_model_conversion_mapping(target, add_legacy=False) or get_checkpoint_conversion_mapping(family.converted_as) or []
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

@@ -10,8 +10,9 @@ What is traced is a few lines around `specfx.drafters.mtp_tree.draft`, so the gr
    overwrite them.
 
 Layer k > 0 pairs the token chosen behind a row with what layer k - 1 made of the row *above* it. So its row at position p is the pair
-number p - k; it is stored at p all the same, and the first k positions, which stand for no pair, are skipped by its attention. The row above a
-sequence's first row was committed in an earlier forward: what the layers made of that one, the sequence's *tail*, goes from call to call.
+number p - k; it is stored at p all the same, and the first k positions, which stand for no pair, are skipped by its attention. The row
+above a sequence's first row was committed in an earlier forward: what the layers made of that one, the sequence's *tail*, goes from
+call to call.
 """
 
 from __future__ import annotations
@@ -88,9 +89,12 @@ def _head_attention(
 
 
 class _DraftStep(nn.Module):
-    """What is traced. Inputs as in `specfx.kernels.tree_attention`, and next_ids ``[T]``: the token behind each row, -1 where the target
-    chooses it; hidden ``[1, T, H]`` and argmax ``[R]`` (of the rows `logit_rows`) of the target; tails ``[S, layers - 1, H]``, None with one
-    layer; pools: k and v pages of each layer. Outputs as `draft`'s and, with several layers, the new tails."""
+    """What is traced.
+
+    Inputs as in `specfx.kernels.tree_attention`, and next_ids ``[T]``: the token behind each row, -1 where the target chooses it; hidden
+    ``[1, T, H]`` and argmax ``[R]`` (of the rows `logit_rows`) of the target; tails ``[S, layers - 1, H]``, None with one layer; pools: k
+    and v pages of each layer. Outputs as `draft`'s and, with several layers, the new tails.
+    """
 
     def __init__(self, head: MtpHead, shape: TreeShape, page_size: int) -> None:
         super().__init__()

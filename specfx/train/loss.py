@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from specfx.drafters.mtp_head import HeadKV, MtpHead
+from specfx.drafters.mtp_head import MtpHead
+from specfx.drafters.mtp_kv import HeadKV
 from specfx.train.lookup import Batch
 
 _ROWS = 256
