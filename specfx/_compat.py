@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -62,45 +63,28 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    names = list(
-        dict.fromkeys(str(n.target) for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor))
-    )
-    lifted, fakes = _with_weights_as_inputs(module, names)
-    fakes += example_inputs
+    weights = {str(n.target): n.meta["val"] for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)}
+    fakes = [*weights.values(), *example_inputs]
     mode = fakes[-1].fake_mode
-    with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
-        with tracing(TracingContext(mode)), V.set_fake_mode(mode):
-            with mode:
-                traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
+    lifted = _with_weights_as_inputs(module, tuple(weights))
+    patched = config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options})
+    with torch.no_grad(), patched, tracing(TracingContext(mode)):  # its cache keeps a region one graph, whatever it is called on
+        with mode:
+            traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
+        with V.set_fake_mode(mode):
             compiled: Any = compile_fx_inner(traced, fakes)
-
-    def call(*inputs: Any) -> Any:
-        return compiled([*(_read(module, name) for name in names), *inputs])
-
-    return call
+    held = [functools.reduce(getattr, name.split("."), module) for name in weights]
+    return lambda *inputs: compiled([*held, *inputs])
 
 
-def _read(module: fx.GraphModule, name: str) -> Any:
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value
-
-
-def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> tuple[fx.GraphModule, list[Any]]:
-    """A copy in which these attributes are the first placeholders, and their fake values."""
+def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy in which these attributes are the first placeholders."""
     graph, new = fx.Graph(), {}
-    fakes: dict[str, Any] = {}
-    for node in module.graph.find_nodes(op="get_attr"):
-        if node.target in names:
-            fakes.setdefault(str(node.target), node.meta["val"])
     weights = {name: graph.placeholder(f"weight_{i}") for i, name in enumerate(names)}
     for node in module.graph.nodes:
-        if node.op == "get_attr" and node.target in weights:
-            new[node] = weights[str(node.target)]
-        else:
-            new[node] = graph.node_copy(node, new.__getitem__)
-    return fx.GraphModule(module, graph), [fakes[name] for name in names]
+        lifted = node.op == "get_attr" and node.target in weights
+        new[node] = weights[str(node.target)] if lifted else graph.node_copy(node, new.__getitem__)
+    return fx.GraphModule(module, graph)
 
 
 def weight_conversions() -> tuple[Any, Any, Any, Any, Any] | None:

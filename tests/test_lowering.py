@@ -81,11 +81,32 @@ def attention_calls(code: str) -> list[ast.Call]:
     return [n for n in ast.walk(ast.parse(code)) if _is_call(n, "tree_attention_.default")]
 
 
-def statements(code: str) -> list[ast.stmt]:
-    """What the wrapper's `call` does, statement by statement."""
-    (function,) = (n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef) and n.name == "call")
+def functions(code: str) -> dict[str, ast.FunctionDef]:
+    """The wrapper's `call`, and the regions that it calls."""
+    found = {n.name: n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef)}
+    return {name: f for name, f in found.items() if name == "call" or name.startswith("repeated_subgraph")}
+
+
+def _statements(function: ast.FunctionDef) -> list[ast.stmt]:
     compound = (ast.FunctionDef, ast.With, ast.If, ast.For, ast.Try)
     return [n for n in ast.walk(function) if isinstance(n, ast.stmt) and not isinstance(n, compound)]
+
+
+def statements(code: str) -> list[ast.stmt]:
+    """What `call` and the regions do, statement by statement."""
+    return [s for function in functions(code).values() for s in _statements(function)]
+
+
+def region_calls(code: str) -> list[tuple[str, list[str]]]:
+    """(region, arguments) of each call of one."""
+    lists = (s for s in _statements(functions(code)["call"]) if isinstance(s, ast.Assign) and isinstance(s.value, ast.List))
+    named = ((ast.unparse(s.targets[0]).removesuffix("_args"), [ast.unparse(e) for e in s.value.elts]) for s in lists)  # type: ignore[attr-defined]
+    return [(name, arguments) for name, arguments in named if name in functions(code)]
+
+
+def _parameters(function: ast.FunctionDef) -> list[str]:
+    (unpacking,) = (s for s in _statements(function) if isinstance(s, ast.Assign) and ast.unparse(s.value) == "args")
+    return [ast.unparse(e) for e in unpacking.targets[0].elts]  # type: ignore[attr-defined]
 
 
 def page_counts(code: str, pools: set[str]) -> set[str]:
@@ -108,25 +129,35 @@ def pool_traffic(code: str, pools: set[str]) -> list[str]:
     for s in statements(code):
         text = ast.unparse(s)
         unpacks = isinstance(s, ast.Assign) and (text.endswith(" = args") or text.endswith("_1.size()") or "_size[" in text)
+        hands_on = isinstance(s, ast.Assign) and isinstance(s.value, ast.List) and text.partition("_args = ")[0] in functions(code)
         checks = isinstance(s, ast.Delete) or (isinstance(s, ast.Expr) and _is_call(s.value, "assert_size_stride"))
         attends = isinstance(s, (ast.Assign, ast.Expr)) and _is_call(s.value, "tree_attention_.default")
-        if not (unpacks or checks or attends) and _names(s) & (pools | sizes):
+        if not (unpacks or hands_on or checks or attends) and _names(s) & (pools | sizes):
             traffic.append(text)
     return traffic
 
 
 def pools_in(code: str) -> list[str]:
-    """The pools that the attention calls are given, as written."""
-    return [ast.unparse(argument) for call in attention_calls(code) for argument in call.args[8:10]]
+    """The pools that attention calls are given, as written: in `call` itself, in regions, and what `call` hands to regions for those."""
+    pools = []
+    for name, function in functions(code).items():
+        calls_here = [n for n in ast.walk(function) if _is_call(n, "tree_attention_.default")]
+        own = [ast.unparse(argument) for call in calls_here for argument in call.args[8:10]]  # type: ignore[attr-defined]
+        pools += own
+        for region, arguments in region_calls(code):
+            if region == name:
+                pools += [arguments[_parameters(function).index(pool)] for pool in own]
+    return pools
 
 
 def test_the_generated_code_makes_no_copy_of_the_cache(compiled: tuple[CompiledEngine, str]) -> None:
-    """One attention call a layer, each on inputs of the artifact as they are, and nothing else touches them or is as large as they."""
+    """Both layers are calls of one region, each on inputs of the artifact as they are; nothing else touches them or is as large as they."""
     _, code = compiled
-    assert len(attention_calls(code)) == 2
+    assert len(attention_calls(code)) == 1
+    assert [name for name, _ in region_calls(code)] == ["repeated_subgraph0"] * 2
     pools = pools_in(code)
-    assert len(set(pools)) == 4
-    assert all(pool.startswith("arg") and pool.isidentifier() for pool in pools), pools
+    assert len([pool for pool in set(pools) if pool.startswith("arg")]) == 4
+    assert all(pool.isidentifier() and "arg" in pool for pool in pools), pools
     assert pool_traffic(code, set(pools)) == []
 
 
@@ -159,11 +190,13 @@ def test_the_check_for_copies_finds_a_clone(graph: fx.GraphModule, compiled: tup
         "return (buf90, {pool}, )",
     ],
 )
-def test_the_check_for_copies_finds_any_use_of_a_pool_or_of_its_size(line: str, compiled: tuple[CompiledEngine, str]) -> None:
+@pytest.mark.parametrize("at", [0, -1])
+def test_the_check_for_copies_finds_any_use_of_a_pool_or_of_its_size(line: str, at: int, compiled: tuple[CompiledEngine, str]) -> None:
     _, code = compiled
-    pool = pools_in(code)[0]
+    pool = pools_in(code)[at]
     (pages, *_) = page_counts(code, set(pools_in(code)))
-    anchor = next(text for text in code.splitlines() if "tree_attention_.default(" in text)
+    place = "tree_attention_.default(" if pool.startswith("repeated") else " = repeated_subgraph0("
+    anchor = next(text for text in code.splitlines() if place in text)
     line = line.format(pool=pool, pages=pages)
     spoilt = code.replace(anchor, f"{anchor[: len(anchor) - len(anchor.lstrip())]}{line}\n{anchor}")
     assert pool_traffic(spoilt, set(pools_in(code))) == [ast.unparse(ast.parse(line))]
@@ -326,7 +359,8 @@ def test_packed_weights_are_used_and_follow_the_model(kernels: cpu_build.CpuKern
     engine = ladder.engine
     assert isinstance(engine, CompiledEngine)
     code = codes[-1]
-    assert code.count("torch.ops.specfx.packed_linear.default(") == 2 * 4 + 1  # qkv, o, gate and up, down of each layer; the LM head
+    assert code.count("torch.ops.specfx.packed_linear.default(") == 4 + 1  # qkv, o, gate and up, down of the layers' region; the LM head
+    assert len(region_calls(code)) == 2
     assert "extern_kernels.mm" not in code
     assert pool_traffic(code, set(pools_in(code))) == []
     assert prepared.module is not None

@@ -266,8 +266,8 @@ CASES: dict[str, Case] = {
     "inkling": _inkling(8, True, [0, 2]),
     "inkling_text": _inkling(2, False, [1]),
 }
-NOT_SERVED = {"step3p7", "nemotron_h", "inkling", "inkling_text", "nemotron_h, two steps", "deepseek_v32", "glm_moe_dsa"}
-"""Models whose `generate` stays stock's: a recurrent state that no engine rolls back, an indexer's keys, or (Step) image inputs."""
+NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa"}
+"""Models whose `generate` stays stock's: an indexer's keys, or image inputs."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
 
@@ -510,7 +510,7 @@ def recomputed(head: MtpHead, known: list[int], hidden: torch.Tensor, steps: int
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_equals_stock(name: str, make: Callable[..., Made]) -> None:
-    """Chains and trees, one sequence and three; heads of one layer and of several are a part of the graph."""
+    """Chains and trees, one sequence and three; heads of one layer and of several are a part of the graph, but for Inkling's."""
     target = make(name).target
     for shape in ({"topk": 1}, {"topk": 3, "num_draft_tokens": 8, "min_token_prob": 0}):
         with warnings.catch_warnings():
@@ -522,7 +522,8 @@ def test_greedy_equals_stock(name: str, make: Callable[..., Made]) -> None:
                 stock = type(target).generate(target, prompts, **arguments)
                 assert torch.equal(target.generate(prompts, **arguments), stock), str(specfx.explain(target))
                 assert (specfx.stats(target).last.drafted_nodes == 0) == (name in NOT_SERVED), str(specfx.explain(target))
-        assert [r for r in specfx.explain(target).refusals if r.reason is Reason.DRAFTING_APART] == []
+        apart = [r for r in specfx.explain(target).refusals if r.reason is Reason.DRAFTING_APART]
+        assert bool(apart) == name.startswith("inkling"), apart
 
 
 @pytest.mark.parametrize("name", STOCK)

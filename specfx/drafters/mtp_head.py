@@ -259,7 +259,7 @@ class MtpHead(nn.Module):
         for step in self.chain:
             own: Any = step._unregistered[1]
             step.draft_ids = chosen
-            if step is not self and own is lm_head:  # one copy for all layers
+            if step is not self and own is self._unregistered[1]:  # one copy for all layers
                 step.draft_weight, step.draft_bias = self.draft_weight, self.draft_bias
                 continue
             bias = getattr(own, "bias", None)
