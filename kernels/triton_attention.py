@@ -30,7 +30,7 @@ from torch import Tensor
 
 from specfx.errors import LoweringError
 from specfx.kernels.tree_attention import tree_attention_
-from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, require, tl
+from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, register_on_cuda, require, tl
 
 # --- configurations -------------------------------------------------------------------------------------------------------------
 
@@ -472,5 +472,5 @@ def _device(device: torch.device) -> dict[str, int]:
 
 
 def register() -> None:
-    """Make this the op's kernel on CUDA devices. Call it once, where Triton can be imported and CUDA is available."""
-    torch.library.impl(tree_attention_.name(), "cuda", tree_attention_triton)
+    """Make this the op's kernel on CUDA devices; again: nothing. Raises `LoweringError` (no Triton, no CUDA device)."""
+    register_on_cuda(tree_attention_, tree_attention_triton)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specfx.errors import LoweringError
@@ -22,6 +23,8 @@ except ImportError:  # Triton has wheels for Linux only
 
 LOG2E = math.log2(math.e)
 """Softmax in base 2: the hardware has exp2, not exp."""
+
+NO_TRITON = "Triton is not installed: pip install triton (Linux), or use the reference or C++ kernels"
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -37,7 +40,7 @@ def interpreted(kernel: Any) -> bool:
 def require(kernel: Any, on: Tensor) -> None:
     """Raises `LoweringError` unless `kernel` can be launched on the device of `on`."""
     if triton is None:
-        raise LoweringError("Triton is not installed: pip install triton (Linux), or use the reference or C++ kernels")
+        raise LoweringError(NO_TRITON)
     if not on.is_cuda and not interpreted(kernel):
         raise LoweringError(
             f"a Triton kernel was called on a tensor on {on.device}: move it to a CUDA device, use the reference or C++ kernels, "
@@ -48,3 +51,17 @@ def require(kernel: Any, on: Tensor) -> None:
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least `n` and `least`."""
     return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+_registered: set[torch._ops.OpOverload] = set()
+
+
+def register_on_cuda(op: torch._ops.OpOverload, kernel: Callable[..., Any]) -> None:
+    """Make `kernel` the implementation of `op` on CUDA devices, once for the process. Raises `LoweringError` where it could not run."""
+    if triton is None:
+        raise LoweringError(NO_TRITON)
+    if not torch.cuda.is_available():
+        raise LoweringError("Triton kernels need a CUDA device and this torch sees none: install a CUDA build of torch, or run on the CPU")
+    if op not in _registered:
+        torch.library.impl(op.name(), "cuda", kernel)
+        _registered.add(op)

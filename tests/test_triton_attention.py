@@ -273,15 +273,36 @@ def test_without_triton_the_module_imports_and_its_use_is_refused() -> None:
     assert "Triton is not installed" in done.stdout
 
 
+REGISTER = """
+import sys, torch
+{before}
+from specfx.errors import LoweringError
+from specfx.kernels import greedy_walk, keyed_sample, triton_kernels
+has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key("specfx::" + op, "CUDA")
+ops = ["tree_attention_"]
+try:
+    triton_kernels.register()
+    triton_kernels.register()
+except LoweringError as e:
+    print(e)
+print(*map(has, ops))
+"""
+
+
 @compiled
-def test_registered_it_is_the_ops_kernel_on_cuda() -> None:
-    script = (
-        "import torch; from specfx.kernels import triton_attention as t\n"
-        "has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key('specfx::tree_attention_', 'CUDA')\n"
-        "before = has(); t.register(); print(before, has())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+@pytest.mark.parametrize(
+    ("before", "printed"),
+    [
+        ("torch.cuda.is_available = lambda: True", "True"),
+        ("torch.cuda.is_available = lambda: False", "Triton kernels need a CUDA device"),
+        ("sys.modules['triton'] = None", "Triton is not installed"),
+    ],
+)
+def test_registered_they_are_the_ops_kernels_on_cuda(before: str, printed: str) -> None:
+    done = subprocess.run([sys.executable, "-c", REGISTER.format(before=before)], capture_output=True, text=True, check=True)
+    *refused, registered = done.stdout.splitlines()
+    assert set(registered.split()) == {str(not refused)}
+    assert done.stdout.startswith(printed)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,14 @@
+"""All Triton kernels of this folder, registered at once: after `register()` the `specfx::` ops run on CUDA devices without reading
+anything back to the host, so that a step can be captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from specfx.kernels import triton_attention
+
+
+def register() -> None:
+    """Make the Triton kernels the ops' implementations on CUDA devices; again: nothing.
+
+    Raises `LoweringError` (no Triton, or torch sees no CUDA device), with nothing registered; the references then stay in force.
+    """
+    triton_attention.register()
