@@ -30,7 +30,7 @@ from torch import Tensor
 
 from specfx.errors import LoweringError
 from specfx.kernels.tree_attention import tree_attention_
-from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, register_on_cuda, require, tl
+from specfx.kernels.triton_common import LOG2E, interpreted, jit, mask_words, ones, power_of_two, register_on_cuda, require, tl
 
 # --- configurations -------------------------------------------------------------------------------------------------------------
 
@@ -161,26 +161,6 @@ def _move_head(moves, slots, count, move_s, move_m, SLOT: tl.constexpr, D: tl.co
 
 
 @jit
-def _words(tree_mask, row, mask, rows):
-    """The ancestors of each row as two int32 words of 32 bits (64-bit shifts are slow and take twice the registers). Bits that are
-    of no row are cleared."""
-    one = tl.full([], 1, tl.int64)
-    rows_bits = tl.where(rows < 64, (one << tl.minimum(rows, 63)) - 1, -one)
-    word = tl.load(tree_mask + row, mask=mask, other=0) & rows_bits
-    return word.to(tl.int32), (word >> 32).to(tl.int32)
-
-
-@jit
-def _ones(x):
-    """How many bits of an int32 are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return (x + (x >> 16)) & 0x3F
-
-
-@jit
 def _dot(a, b, acc, WIDE: tl.constexpr):
     """acc + a @ b. WIDE: in float32 (Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers)."""
     if WIDE:
@@ -287,8 +267,8 @@ def _attend(
     tree = False
     if HAS_MASK:
         tree = rows <= 64
-        low_word, high_word = _words(tree_mask + row0, row, live, rows)
-        depth = tl.where(tree, _ones(low_word) + _ones(high_word) - 1, row)
+        low_word, high_word = mask_words(tree_mask + row0, row, live, rows)
+        depth = tl.where(tree, ones(low_word) + ones(high_word) - 1, row)
 
     oldest = 0  # no query of this block sees a key that stands before it
     if HAS_WINDOW:
@@ -352,8 +332,8 @@ def _attend(
                 word = tl.where((j < 32)[None, :], low_word[:, None], high_word[:, None])
                 visible = tl.where(tree, ((word >> (j & 31)[None, :]) & 1) != 0, visible)
                 if HAS_WINDOW:
-                    low_j, high_j = _words(tree_mask + row0, j, inside, rows)
-                    depth_j = tl.where(tree, _ones(low_j) + _ones(high_j) - 1, j)
+                    low_j, high_j = mask_words(tree_mask + row0, j, inside, rows)
+                    depth_j = tl.where(tree, ones(low_j) + ones(high_j) - 1, j)
             visible &= inside[None, :]
             if HAS_WINDOW:
                 visible &= depth_j[None, :] > (depth - window)[:, None]

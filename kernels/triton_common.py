@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the import, which may fail, and the answer to a call that can't be served.
+"""What the Triton kernels share: the import, which may fail, the words of a tree mask, and the answer to a call that can't be served.
 
 A module of kernels imports `triton` and `tl` from here and decorates with `jit`, so that it can be imported where there is no Triton;
 its launchers call `require` first.
@@ -30,6 +30,26 @@ NO_TRITON = "Triton is not installed: pip install triton (Linux), or use the ref
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the function as it is where there is no Triton (`require` keeps it from being launched)."""
     return function if triton is None else triton.jit(function)
+
+
+@jit
+def mask_words(tree_mask, row, mask, below):
+    """The ancestors of each row that are numbered below `below`, as two int32 words of 32 bits (64-bit shifts are slow and take twice
+    the registers)."""
+    one = tl.full([], 1, tl.int64)
+    bits = tl.where(below < 64, (one << tl.minimum(below, 63)) - 1, -one)
+    word = tl.load(tree_mask + row, mask=mask, other=0) & bits
+    return word.to(tl.int32), (word >> 32).to(tl.int32)
+
+
+@jit
+def ones(x):
+    """How many bits of an int32 are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
 
 
 def interpreted(kernel: Any) -> bool:

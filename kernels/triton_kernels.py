@@ -3,7 +3,7 @@ anything back to the host, so that a step can be captured in a CUDA graph."""
 
 from __future__ import annotations
 
-from specfx.kernels import triton_attention
+from specfx.kernels import triton_attention, triton_sample, triton_walk
 
 
 def register() -> None:
@@ -11,4 +11,5 @@ def register() -> None:
 
     Raises `LoweringError` (no Triton, or torch sees no CUDA device), with nothing registered; the references then stay in force.
     """
-    triton_attention.register()
+    for kernels in (triton_attention, triton_walk, triton_sample):
+        kernels.register()

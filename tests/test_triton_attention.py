@@ -1,9 +1,8 @@
 """`specfx::tree_attention_` in Triton, without a GPU: numerics under Triton's interpreter, and compilation to a cubin.
 
-Triton decides at import whether kernels are interpreted, so the numerics are run by one test, in a process of their own (or by
-`TRITON_INTERPRET=1 pytest tests/test_triton_attention.py`). The ordinary run compiles a thinned list of specialisations; with
-SPECFX_COMPILE_ALL=1 it is all that `default_config` and `candidates` choose over `DIMS`, dtypes and capabilities. What needs a GPU:
-speed, races between programs or threads, and the code that ptxas makes (the interpreter runs programs one after another, in numpy).
+The ordinary run compiles a thinned list of specialisations; with SPECFX_COMPILE_ALL=1 it is all that `default_config` and `candidates`
+choose over `DIMS`, dtypes and capabilities. What needs a GPU: speed, races
+between programs or threads, and the code that ptxas makes (the interpreter runs programs one after another, in numpy).
 """
 
 from __future__ import annotations
@@ -15,41 +14,37 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import TOLERANCE, TREE, Batch, Shape, batches, bits, causal_run, dense_attention, make_batch, narrowed, tree_of
 from torch import Tensor
+from triton_tools import (
+    INTERPRETED,
+    SHARED_MEMORY,
+    Launch,
+    Launches,
+    assert_compiles,
+    compile_launch,
+    compiled,
+    interpreted,
+    no_interpreter,
+    run_interpreted,
+)
 
 from specfx.errors import LoweringError
 from specfx.kernels import triton_attention, triton_common
 from specfx.kernels.tree_attention import tree_attention_reference
 from specfx.kernels.triton_attention import CONFIGS, MOVES, Config, candidates, default_config, tree_attention_triton
 
-triton = pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own")
-compiled = pytest.mark.skipif(INTERPRETED, reason="not under TRITON_INTERPRET=1")
-
-
-NO_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
-
 
 @compiled
-@pytest.mark.skipif(NO_INTERPRETER, reason="Triton 3.6 interprets loops with NumPy < 2.4 only")
+@no_interpreter
 def test_the_kernels_agree_with_the_references_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 40
+    run_interpreted(__file__, 40)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -279,7 +274,7 @@ import sys, torch
 from specfx.errors import LoweringError
 from specfx.kernels import greedy_walk, keyed_sample, triton_kernels
 has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key("specfx::" + op, "CUDA")
-ops = ["tree_attention_"]
+ops = ["tree_attention_", "tree_positions", "greedy_walk", "keyed_sample"]
 try:
     triton_kernels.register()
     triton_kernels.register()
@@ -337,31 +332,16 @@ def test_the_default_config_fills_the_gpu_without_cutting_short_prefixes() -> No
 
 # --- compilation ----------------------------------------------------------------------------------------------------------------
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes that a program may take, by capability."""
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (16, 16)]
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 EVERYTHING = {"window": 512, "softcap": 30.0, "sinks": True}
 ROWS = [1, 8, 16, 2048]
 """Rows of one sequence: with four heads a group they take each BLOCK_M that there is."""
 
 
-class Launches:
-    """Stands for a kernel and notes what it is launched with."""
-
-    def __init__(self, kernel: Any, into: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.into = kernel, into
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        assert all(type(n) is int for n in grid)
-        names = [p.name for p in self.kernel.params]
-        return lambda *positional, **named: self.into.append((self.kernel, {**dict(zip(names, positional, strict=False)), **named}))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, dict[str, Any]]]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     """Runs the launcher on tensors without data, as on a GPU of that capability, and returns its (kernel, arguments)."""
-    noted: list[tuple[Any, dict[str, Any]]] = []
+    noted: list[Launch] = []
     for name in ("_move", "_attend", "_merge"):
         monkeypatch.setattr(triton_attention, name, Launches(getattr(triton_attention, name), noted))
     monkeypatch.setattr(triton_attention, "require", lambda kernel, on: None)
@@ -369,7 +349,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
     def run(
         capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, mask: bool = True, page_size: int = 64,
         window: int = 0, softcap: float = 0.0, sinks: bool = False, share: int = 4, config: Config | None = None,
-    ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
+    ) -> list[Launch]:  # fmt: skip
         monkeypatch.setattr(triton_attention, "_device", lambda device: {"capability": capability, "processors": 132})
         noted.clear()
         new = functools.partial(torch.empty, device="meta")
@@ -384,55 +364,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
         return list(noted)
 
     return run
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """shared, spills: in bytes."""
-
-    shared: int
-    registers: int
-    spills: int
-    ptx: str
-
-
-def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
-    """The specialisation that this launch would compile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-    for at, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        elif parameter.is_constexpr or value is None or (value == 1 and type(value) is int):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (signature[parameter.name] == "i32" and value % 16 == 0):
-            attributes[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = binary.asm["ptx"]
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-    if not ptxas.exists():
-        pytest.skip(f"this build of Triton has no {ptxas}")
-    command = [str(ptxas), "-v", "--gpu-name", architecture, "-o", os.devnull, "/dev/stdin"]
-    report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-    return Compiled(binary.metadata.shared, int(re.search(r"Used (\d+) registers", report).group(1)), spills, ptx)
-
-
-def assert_compiles(launched: list[tuple[Any, dict[str, Any]]], capability: int) -> None:
-    for kernel, arguments in launched:
-        code = compile_launch(kernel, arguments, capability)
-        print(f"sm_{capability} {kernel.__name__} {code.registers} registers, {code.spills} bytes spilled, {code.shared} bytes shared")
-        assert code.shared <= SHARED_MEMORY[capability]
-        # ptxas spills a few bytes of its own accord to fit one more program on a processor: then registers are not at their limit.
-        assert code.spills <= (32 if code.registers < 255 else 0), f"{code.spills} bytes spilled with {code.registers} registers"
 
 
 def all_defaults() -> Iterator[tuple[int, tuple[int, int], torch.dtype, int, dict[str, Any]]]:
