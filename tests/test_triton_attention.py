@@ -350,7 +350,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
         capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, mask: bool = True, page_size: int = 64,
         window: int = 0, softcap: float = 0.0, sinks: bool = False, share: int = 4, config: Config | None = None,
     ) -> list[Launch]:  # fmt: skip
-        monkeypatch.setattr(triton_attention, "_device", lambda device: {"capability": capability, "processors": 132})
+        monkeypatch.setattr(triton_attention, "device_properties", lambda device: {"capability": capability, "processors": 132})
         noted.clear()
         new = functools.partial(torch.empty, device="meta")
         integers = functools.partial(new, dtype=torch.int32)
