@@ -14,11 +14,12 @@ one number of rows is wrong for another, and one artifact serves prompts and sin
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import inspect
 import itertools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -105,7 +106,11 @@ def examples(rows: int, sequences: int, width: int, pages: int, page_size: int) 
         "ROW_STARTS": torch.tensor(starts, dtype=torch.int32),
         "TREE_MASK": torch.cat([(2 << torch.arange(b - a).clamp(max=MASK_BITS - 1)) - 1 for a, b in itertools.pairwise(starts)]),
     }
-    return {name: lambda node, x=x: x.to(node.get_device()) for name, x in made.items()}
+    return {name: partial(_on_device_of, x) for name, x in made.items()}
+
+
+def _on_device_of(x: Tensor, node: Any) -> Tensor:
+    return x.to(node.get_device())
 
 
 def lower(
@@ -113,13 +118,13 @@ def lower(
     scale: float, window: int = 0, softcap: float = 0.0, sinks: Any = None,
 ) -> Any:  # fmt: skip
     """The op as IR, or None if it shall stay a call. Arguments are the op's, with IR nodes for tensors."""
-    rows, heads, dk = _compat.static_sizes(q)
-    sequences = _compat.static_sizes(lengths)[0]
-    if not _compat.tuning() or not rows or not sequences:
+    if not (_compat.tuning() and _compat.is_static(q) and _compat.is_static(lengths)):
         return None
-    _, groups, dv = _compat.static_sizes(v)
-    _, page_size, _, _ = _compat.static_sizes(k_pages)
-    assert all((heads, groups, dk, dv, page_size))  # parts of a model, never symbols
+    (rows, heads, dk), (sequences,) = _compat.hinted_sizes(q), _compat.hinted_sizes(lengths)
+    (_, groups, dv), (pages, page_size, *_) = _compat.hinted_sizes(v), _compat.hinted_sizes(k_pages)
+    width = _compat.hinted_sizes(page_table)[1]
+    if rows == 0 or sequences == 0:
+        return None
     _compat.emit_call(tree_append_, k, v, page_table, lengths, row_starts, moves, k_pages, v_pages)
 
     has_mask, has_sinks = tree_mask is not None, sinks is not None
@@ -128,10 +133,16 @@ def lower(
     inputs = [_compat.realized(x) for x in given]
     layout = _compat.contiguous_output(q, [rows, heads, dv])
     factor, cap = logit_factors(scale, softcap)
-    constants = {"GROUPS": groups, "SHARE": heads // groups, "DK": dk, "DV": dv, "PAGE_SIZE": page_size, "SEQUENCES": sequences}
+    constants: dict[str, Any] = {
+        "GROUPS": groups,
+        "SHARE": heads // groups,
+        "DK": dk,
+        "DV": dv,
+        "PAGE_SIZE": page_size,
+        "SEQUENCES": sequences,
+    }
     constants |= {"SCALE": factor, "CAP": cap, "WINDOW": window, "BLOCK_DK": power_of_two(dk, 16), "BLOCK_DV": power_of_two(dv, 16)}
     choices: list[Any] = []
-    width, pages = _compat.hinted_sizes(page_table)[1], _compat.hinted_sizes(k_pages)[0]
     shape = (rows, sequences, groups, heads // groups)
     for config in tried(q.get_device(), shape, dk, dv, q.get_dtype(), width * page_size):
         if config.SPLITS == 1:
@@ -148,30 +159,24 @@ def lower(
 
 
 def tried(device: torch.device, shape: tuple[int, int, int, int], dk: int, dv: int, dtype: torch.dtype, prefix: int) -> list[Config]:
-    """The configurations to measure: those that fit into shared memory and whose blocks of queries are not mostly empty, with the prefix
-    in as many parts as have two blocks of keys each, and as the GPU has use for. shape: rows, sequences, groups, share."""
+    """The configurations to measure: those that fit into shared memory, with blocks about as large as the queries of a sequence, and the
+    prefix in one part or in about as many as fill the GPU. shape: rows, sequences, groups, share. prefix: tokens."""
     rows, sequences, groups, share = shape
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     queries = -(-rows // sequences) * share
-    return [
-        Config(c.BLOCK_M, c.BLOCK_N, splits, c.num_warps, c.num_stages)
-        for c in candidates(dk, dv, dtype, properties.shared_memory_per_block_optin)
-        if power_of_two(queries, 16) >= c.BLOCK_M
-        for splits in SPLITS
-        if splits == 1
-        or (
-            prefix >= 2 * splits * c.BLOCK_N
-            and sequences * groups * -(-queries // c.BLOCK_M) * splits <= 4 * properties.multi_processor_count
-        )
-    ]
-
-
-def register() -> None:
-    """Let Inductor lower the op so; again: nothing. On a CPU nothing changes."""
-    plain()
-    _register()
+    fitting = candidates(dk, dv, dtype, properties.shared_memory_per_block_optin)
+    sizes = sorted({c.BLOCK_M for c in fitting if power_of_two(queries, 16) >= c.BLOCK_M})[-2:]
+    tried = []
+    for c in fitting:
+        if c.BLOCK_M in sizes:
+            programs = sequences * groups * -(-queries // c.BLOCK_M)
+            splits = [s for s in SPLITS if prefix >= 2 * s * c.BLOCK_N and s * programs <= 2 * properties.multi_processor_count]
+            tried += [dataclasses.replace(c, SPLITS=s) for s in sorted({1, *splits[-2:]})]
+    return tried
 
 
 @cache
-def _register() -> None:
+def register() -> None:
+    """Let Inductor lower the op so; again: nothing. On a CPU nothing changes."""
+    plain()  # generated code calls it by name, also where it comes from a cache
     _compat.lower_on_cuda(tree_attention_, lower)

@@ -53,6 +53,10 @@ class _SourcesKey(CustomGraphPass):
 
 def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
     """Lower a graph module with mutable inputs through AOTAutograd and Inductor (`compile_fx`, read in 2.13)."""
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        from specfx.kernels import inductor_attention
+
+        inductor_attention.register()
     with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
         compiled: Any = compile_fx(module, list(example_inputs))
     return compiled
@@ -108,16 +112,16 @@ def realized(x: Any) -> Any:
     return ExternKernel.require_stride1(ExternKernel.realize_input(x))
 
 
-def static_sizes(x: Any) -> list[int | None]:
-    """The sizes of an IR node; None for those that are symbols."""
-    return [int(n) if isinstance(n, int) or n.is_number else None for n in x.get_size()]
+def is_static(x: Any) -> bool:
+    """Whether no size of an IR node is a symbol."""
+    return all(isinstance(n, int) or n.is_number for n in x.get_size())
 
 
 def hinted_sizes(x: Any) -> list[int]:
     """The sizes of an IR node, symbols at the values that tuning assumes."""
     from torch._inductor.virtualized import V
 
-    sizevars = V.graph.sizevars
+    sizevars: Any = V.graph.sizevars
     hint = sizevars.optimization_hint if hasattr(sizevars, "optimization_hint") else sizevars.size_hint  # 2.11
     return [int(hint(n)) for n in x.get_size()]
 
