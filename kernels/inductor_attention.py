@@ -18,7 +18,6 @@ import dataclasses
 import hashlib
 import inspect
 import itertools
-from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -38,14 +37,18 @@ NAMES = ("Q", "K", "V", "PAGE_TABLE", "LENGTHS", "ROW_STARTS", "K_PAGES", "V_PAG
 OPTIONAL = ("TREE_MASK", "SINKS")
 
 
+def functions() -> str:
+    """A hash of what the template imports."""
+    return hashlib.sha256("".join(map(inspect.getsource, (triton_attend, triton_common))).encode()).hexdigest()
+
+
 def source(has_mask: bool, has_sinks: bool) -> str:
-    """The template. Its functions are imported; a hash of them stands in the text, by which Inductor knows compiled and measured code."""
+    """The template. A hash of the functions that it imports stands in the text, by which Inductor knows compiled and measured code."""
     names = [*NAMES, *itertools.compress(OPTIONAL, (has_mask, has_sinks))]
-    functions = hashlib.sha256("".join(map(inspect.getsource, (triton_attend, triton_common))).encode()).hexdigest()
     strides = ", ".join(f'{{{{stride("{name}", {i})}}}}' for name in "QKV" for i in (0, 1))
     return f"""
 {{{{def_kernel({", ".join(f'"{name}"' for name in names)})}}}}
-    # functions: {functions}
+    # functions: {functions()}
     block, group = tl.program_id(0), tl.program_id(1)
     sequence, row0, rows, length, first_query = find_block(block, LENGTHS, ROW_STARTS, SEQUENCES, SHARE, BLOCK_M)
     if first_query >= rows * SHARE:
@@ -94,23 +97,23 @@ def plain() -> Any:
     return _compat.extern_choice(specfx_tree_attend)
 
 
-def examples(rows: int, sequences: int, width: int, pages: int, page_size: int) -> dict[str, Callable[[Any], Tensor]]:
-    """Inputs to measure with, by name: sequences with equally many rows, each of them a chain, behind as long a prefix as `width` pages
-    hold, in pages that are strewn over the pool. Each takes the IR node that it stands for."""
+def example(node: Any, name: str, rows: int, sequences: int, width: int, pages: int, page_size: int) -> Tensor:
+    """An input to measure with, in the place of an IR node: sequences with equally many rows, each of them a chain, behind as long a
+    prefix as `width` pages hold, in pages that are strewn over the pool."""
     starts = [s * rows // sequences for s in range(sequences + 1)]
-    most = max(b - a for a, b in itertools.pairwise(starts))
+    counts = [b - a for a, b in itertools.pairwise(starts)]
     strewn = torch.randperm(pages, generator=torch.Generator().manual_seed(0))
     made = {
         "PAGE_TABLE": strewn[torch.arange(sequences * width) % pages].view(sequences, width).int(),
-        "LENGTHS": torch.full((sequences,), max(width * page_size - most, 0), dtype=torch.int32),
+        "LENGTHS": torch.full((sequences,), max(width * page_size - max(counts), 0), dtype=torch.int32),
         "ROW_STARTS": torch.tensor(starts, dtype=torch.int32),
-        "TREE_MASK": torch.cat([(2 << torch.arange(b - a).clamp(max=MASK_BITS - 1)) - 1 for a, b in itertools.pairwise(starts)]),
+        "TREE_MASK": torch.cat([(2 << torch.arange(n).clamp(max=MASK_BITS - 1)) - 1 for n in counts]),
     }
-    return {name: partial(_on_device_of, x) for name, x in made.items()}
+    return made[name].to(node.get_device())
 
 
-def _on_device_of(x: Tensor, node: Any) -> Tensor:
-    return x.to(node.get_device())
+EXAMPLES = ("PAGE_TABLE", "LENGTHS", "ROW_STARTS", "TREE_MASK")
+"""The inputs that may not be random numbers."""
 
 
 def lower(
@@ -153,9 +156,9 @@ def lower(
         cut = (config.BLOCK_M, config.BLOCK_N, config.SPLITS, config.num_warps, config.num_stages)
         kept = {"scale": scale, "window": window, "softcap": softcap}
         choices.append(plain().bind(inputs, layout, has_mask=has_mask, has_sinks=has_sinks, config=cut, **kept))
-    made = examples(rows, sequences, width, pages, page_size)
-    by_number = {number: made[name] for number, name in enumerate(names) if name in made}
-    return _compat.fastest("specfx_tree_attend", choices, inputs, layout, by_number)
+    sizes = {"rows": rows, "sequences": sequences, "width": width, "pages": pages, "page_size": page_size}
+    made = {at: partial(example, name=name, **sizes) for at, name in enumerate(names) if name in EXAMPLES}
+    return _compat.fastest(f"specfx_tree_attend_{functions()[:12]}", choices, inputs, layout, made)
 
 
 def tried(device: torch.device, shape: tuple[int, int, int, int], dk: int, dv: int, dtype: torch.dtype, prefix: int) -> list[Config]:

@@ -35,7 +35,7 @@ from triton_tools import SHARED_MEMORY, assert_compiles, compiled, no_interprete
 
 from specfx import _compat
 from specfx.kernels import inductor_attention, triton_attend
-from specfx.kernels.inductor_attention import examples, source, tried
+from specfx.kernels.inductor_attention import EXAMPLES, example, source, tried
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference
 from specfx.kernels.triton_attention import candidates
 
@@ -137,6 +137,10 @@ APPEND, WHOLE = "torch.ops.specfx.tree_append_.default(", "torch.ops.specfx.tree
 PLAIN = "extern_kernels.specfx_tree_attend("
 
 
+ON_CPU = SimpleNamespace(get_device=lambda: torch.device("cpu"))
+"""Stands for an IR node."""
+
+
 def kernel_of(code: str) -> str:
     """The source of the one Triton kernel in Inductor's code."""
     (kernel,) = re.findall(r"async_compile\.triton\('\w+', '''(.*?)'''", code, re.DOTALL)
@@ -175,6 +179,8 @@ def test_the_plain_kernels_are_choices_too(gpu: Gpu) -> None:
     assert kinds.count(ExternKernelCaller) > kinds.count(TritonTemplateCaller)
     assert len(kinds) < 50  # each takes seconds to compile
     cuts = {choice.kwargs["config"] for choice in gpu.offered if isinstance(choice, ExternKernelCaller)}
+    made = {at: make(ON_CPU).shape for at, make in gpu.made.items()}
+    assert made == {3: (1, 64), 4: (1,), 5: (2,), 8: (16,)}  # as the template's inputs are numbered
     assert len(cuts) == kinds.count(ExternKernelCaller)
     assert {len({cut[at] for cut in cuts}) > 1 for at in range(5)} == {True}, "blocks, splits, warps and stages are all tried"
 
@@ -186,6 +192,17 @@ def test_elsewhere_the_op_stays_one_call(case: str, gpu: Gpu) -> None:
     assert WHOLE in code
     assert APPEND not in code
     assert not gpu.offered
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_the_lowering_is_registered_where_a_graph_for_cuda_is_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(inductor_attention, "register", lambda: calls.append("registered"))
+    monkeypatch.setattr(_compat, "compile_fx", lambda module, examples: calls.append("compiled"))
+    with FakeTensorMode():
+        example = torch.empty(3, device=device)
+    _compat.inductor_compile(fx.GraphModule({}, fx.Graph()), [4, example], {})
+    assert calls == (["registered"] if device == "cuda" else []) + ["compiled"]
 
 
 def test_every_size_has_a_few_configurations(gpu: Gpu) -> None:
@@ -202,8 +219,7 @@ def test_every_size_has_a_few_configurations(gpu: Gpu) -> None:
     ("rows", "sequences", "width", "pages"), [(16, 1, 64, 100), (7, 3, 2, 5), (70, 1, 3, 3), (64, 1, 2, 9), (4, 4, 8, 20)]
 )
 def test_what_is_measured_with_is_valid(rows: int, sequences: int, width: int, pages: int) -> None:
-    made = {name: make(SimpleNamespace(get_device=lambda: "cpu")) for name, make in examples(rows, sequences, width, pages, 16).items()}
-    table, lengths, starts, mask = (made[name] for name in ("PAGE_TABLE", "LENGTHS", "ROW_STARTS", "TREE_MASK"))
+    table, lengths, starts, mask = (example(ON_CPU, name, rows, sequences, width, pages, 16) for name in EXAMPLES)
     assert (table.shape, table.dtype) == ((sequences, width), torch.int32)
     assert ((table >= 0) & (table < pages)).all()
     assert len(table.unique()) == min(pages, table.numel())

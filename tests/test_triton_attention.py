@@ -38,7 +38,16 @@ from triton_tools import (
 from specfx.errors import LoweringError
 from specfx.kernels import triton_attention, triton_common
 from specfx.kernels.tree_attention import tree_attention_reference
-from specfx.kernels.triton_attention import CONFIGS, MOVES, Config, candidates, default_config, tree_attention_triton
+from specfx.kernels.triton_attention import (
+    CONFIGS,
+    MOVES,
+    Config,
+    candidates,
+    default_config,
+    tree_append_triton,
+    tree_attend_triton,
+    tree_attention_triton,
+)
 
 
 @compiled
@@ -232,6 +241,28 @@ def test_new_rows_before_the_window_are_not_read() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("mask", [True, False])
+def test_append_and_attend_apart_are_the_op(mask: bool, splits: int) -> None:
+    shape = Shape(2, 3, 20, 8, 16, 30, 1.5, True, torch.float32)
+    batch = make_batch(shape, [40, 33, 7], [TREE if mask else causal_run(8), causal_run(70), []], 0, mask)
+    batch.arguments["k"], batch.arguments["page_table"] = (
+        batch.arguments[name].transpose(-1, 0).contiguous().transpose(-1, 0) for name in ("k", "page_table")
+    )
+    moved(batch, [(batch.slots[0][32], batch.slots[0][30]), (-1, -1), (batch.slots[0][35], batch.slots[0][31])])
+    expected, *expected_pools = batch.run(tree_attention_reference)
+    given = dict(batch.arguments)
+    pools = [given[name].clone() for name in ("k_pages", "v_pages")]
+    tree_append_triton(*(given[name] for name in ("k", "v", "page_table", "lengths", "row_starts", "moves")), *pools)
+    for ours, theirs in zip(pools, expected_pools, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    before = [*batch.arguments.values()][:7]
+    out = tree_attend_triton(*before, *pools, **batch.constants, config=config(splits=splits))
+    torch.testing.assert_close(out, expected)
+    assert all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in zip(pools, expected_pools, strict=True))
+
+
+@interpreted
 def test_default_configs_run() -> None:
     for dtype, rows in itertools.product(TOLERANCE, (1, 40)):
         assert_triton_agrees(make_batch(Shape(1, 4, 16, 16, 64, 20, dtype=dtype), [300], [tree_of(rows)], rows))
@@ -274,7 +305,7 @@ import sys, torch
 from specfx.errors import LoweringError
 from specfx.kernels import greedy_walk, keyed_sample, triton_kernels
 has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key("specfx::" + op, "CUDA")
-ops = ["tree_attention_", "tree_positions", "greedy_walk", "keyed_sample"]
+ops = ["tree_attention_", "tree_append_", "tree_positions", "greedy_walk", "keyed_sample"]
 try:
     triton_kernels.register()
     triton_kernels.register()
@@ -381,6 +412,7 @@ THINNED = [
     (80, (128, 128), torch.bfloat16, 1, {}),
     (80, (128, 128), torch.float16, 16, EVERYTHING),
     (80, (80, 80), torch.bfloat16, 2048, {"page_size": 16}),
+    (80, (96, 96), torch.bfloat16, 8, {}),
     (80, (256, 256), torch.bfloat16, 16, {}),
     (80, (128, 128), torch.float32, 8, {}),
     (90, (128, 128), torch.bfloat16, 1, EVERYTHING),
@@ -427,6 +459,22 @@ def test_candidates_compile_within_their_bound_of_shared_memory(
     assert chosen in CONFIGS
     launched = [x for x in launches(capability, dims, dtype, 16, config=chosen) if x[0].__name__ == "_attend"]
     assert compile_launch(*launched[0], capability).shared <= chosen.shared_memory(*dims, dtype) <= SHARED_MEMORY[capability]
+
+
+@compiled
+@pytest.mark.parametrize(("capability", "dims"), [(80, (128, 128)), (90, (192, 128)), (90, (80, 80))])
+def test_the_append_by_itself_compiles(capability: int, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Launch] = []
+    for name in ("_move", "_append"):
+        monkeypatch.setattr(triton_attention, name, Launches(getattr(triton_attention, name), noted))
+    monkeypatch.setattr(triton_attention, "require", lambda kernel, on: None)
+    new = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    integers = functools.partial(new, dtype=torch.int32)
+    k, v = (new(48, 8, width) for width in dims)
+    pools = (new(128, 64, 8, width) for width in dims)
+    tree_append_triton(k, v, integers(3, 64), integers(3), integers(4), new(2, 16, dtype=torch.int64), *pools)
+    assert [kernel.__name__ for kernel, _ in noted] == ["_move", "_append"]
+    assert_compiles(noted, capability)
 
 
 @compiled
