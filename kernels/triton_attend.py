@@ -30,7 +30,7 @@ def block_rows(first_query, row0, rows, group, SHARE: tl.constexpr, BLOCK_M: tl.
     """Of each query of a block: its row in the sequence and over all, its head, and whether there is such a query."""
     query = first_query + tl.arange(0, BLOCK_M)
     row = query // SHARE
-    return row, (row0 + row).to(tl.int64), (group * SHARE + query % SHARE).to(tl.int64), query < rows * SHARE
+    return row, (row0 + row).to(tl.int64), group * SHARE + query % SHARE, query < rows * SHARE
 
 
 @jit
@@ -100,7 +100,9 @@ def attend_rows(
     begin = low + split * a_split
     end = tl.minimum(begin + a_split, length)
 
-    queries = tl.load(q + at_row[:, None] * q_t + head[:, None] * q_h + dk[None, :], mask=live[:, None] & (dk < DK)[None, :], other=0.0)
+    queries = tl.load(
+        q + at_row[:, None] * q_t + head.to(tl.int64)[:, None] * q_h + dk[None, :], mask=live[:, None] & (dk < DK)[None, :], other=0.0
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)

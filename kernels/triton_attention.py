@@ -231,12 +231,12 @@ def _attend(
     dv = tl.arange(0, BLOCK_DV)
     mask = live[:, None] & (dv < DV)[None, :]
     at = at_row * (GROUPS * SHARE) + head
-    if SPLITS == 1:
-        tl.store(out + at[:, None] * DV + dv[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    else:
+    if SPLITS > 1:
         at += split.to(tl.int64) * total_rows * (GROUPS * SHARE)
         tl.store(logs + at, log, mask=live)
-        tl.store(out + at[:, None] * DV + dv[None, :], acc, mask=mask & (log > float("-inf"))[:, None])
+        mask &= (log > float("-inf"))[:, None]
+    at_out = at[:, None] * DV + dv[None, :]  # summed before the pointer: otherwise the largest blocks spill
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @jit

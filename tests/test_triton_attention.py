@@ -410,6 +410,7 @@ def all_defaults() -> Iterator[tuple[int, tuple[int, int], torch.dtype, int, dic
 THINNED = [
     (80, (64, 64), torch.bfloat16, 2048, {"mask": False}),
     (80, (128, 128), torch.bfloat16, 1, {}),
+    (80, (128, 128), torch.bfloat16, 2048, {}),
     (80, (128, 128), torch.float16, 16, EVERYTHING),
     (80, (80, 80), torch.bfloat16, 2048, {"page_size": 16}),
     (80, (96, 96), torch.bfloat16, 8, {}),
