@@ -169,13 +169,13 @@ def tried(device: torch.device, shape: tuple[int, int, int, int], dk: int, dv: i
     queries = -(-rows // sequences) * share
     fitting = candidates(dk, dv, dtype, properties.shared_memory_per_block_optin)
     sizes = sorted({c.BLOCK_M for c in fitting if power_of_two(queries, 16) >= c.BLOCK_M})[-2:]
-    tried = []
+    configs = []
     for c in fitting:
         if c.BLOCK_M in sizes:
             programs = sequences * groups * -(-queries // c.BLOCK_M)
             splits = [s for s in SPLITS if prefix >= 2 * s * c.BLOCK_N and s * programs <= 2 * properties.multi_processor_count]
-            tried += [dataclasses.replace(c, SPLITS=s) for s in sorted({1, *splits[-2:]})]
-    return tried
+            configs += [dataclasses.replace(c, SPLITS=s) for s in sorted({1, *splits[-2:]})]
+    return configs
 
 
 @cache

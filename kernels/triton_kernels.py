@@ -1,5 +1,7 @@
 """All Triton kernels of this folder, registered at once: after `register()` the `specfx::` ops run on CUDA devices without reading
-anything back to the host, so that a step can be captured in a CUDA graph."""
+anything back to the host, so that a step can be captured in a CUDA graph. (The Inductor lowering is registered where Inductor is
+called, in `specfx._compat`.)
+"""
 
 from __future__ import annotations
 

@@ -53,8 +53,10 @@ class Gpu:
     made: dict[int, Callable[[Any], Tensor]]
     prefer: Callable[[Any], bool]
 
-    def code(self, shape: Shape, rows: int, sequences: int, mask: bool = True, device: str = "cuda", symbolic: bool = False) -> str:
-        """What Inductor makes of the op and a relu behind it, over 64 pages a sequence."""
+    def code(
+        self, shape: Shape, rows: int, sequences: int, mask: bool = True, device: str = "cuda", symbolic: bool = False, fused: bool = False
+    ) -> str:
+        """What Inductor makes of the op and a relu behind it, over 64 pages a sequence. fused: q, k and v are parts of one tensor."""
         mode = FakeTensorMode(shape_env=ShapeEnv())
         with mode:
             new = functools.partial(torch.empty, device=device)
@@ -70,8 +72,13 @@ class Gpu:
                 size = _compat.new_dynamic_size(mode, rows)
                 for at, own in enumerate(tensors[:4]):
                     tensors[at] = new((size, *own.shape[1:]), dtype=own.dtype)
+            if fused:
+                tensors[:3] = [new(rows, shape.heads + 2 * shape.groups, shape.dk, dtype=shape.dtype)]
         graph = fx.Graph()
         *nodes, sinks = (None if x is None else graph.placeholder(f"x{at}") for at, x in enumerate(tensors))
+        if fused:
+            ends = [0, shape.heads, shape.heads + shape.groups, shape.heads + 2 * shape.groups]
+            nodes[:1] = [graph.call_function(torch.ops.aten.slice.Tensor, (nodes[0], 1, a, b)) for a, b in itertools.pairwise(ends)]
         call = graph.call_function(tree_attention_, (*nodes, 0.7 * shape.dk**-0.5, shape.window, shape.softcap, sinks))
         relu = graph.call_function(torch.ops.aten.relu.default, (call,))
         graph.output((relu,))
@@ -273,21 +280,23 @@ for path in sys.argv[1:]:
 def test_templates_agree_with_the_reference_under_the_interpreter(gpu: Gpu, tmp_path: Path) -> None:
     """float32, since the interpreter has no products of bfloat16. The relu in the epilogue is checked along."""
     shapes = [
-        Shape(2, 3, 16, 8, 16),
+        Shape(2, 3, 16, 16, 16),
         Shape(1, 4, 8, 16, 16, 9, 1.5, True),
         Shape(2, 1, 20, 20, 48, 0, 0.0, True),
         Shape(1, 2, 16, 16, 16, 40),
     ]
     files = []
     for at, shape in enumerate(dataclasses.replace(shape, dtype=torch.float32) for shape in shapes):
-        mask = at != 3
+        mask, fused = at != 3, at == 0
         trees = [TREE, tree_of(33), [-1]] if mask else [causal_run(n) for n in (70, 3, 1)]
         batch = make_batch(shape, [70, 0, 33], trees, at, mask)
-        code = gpu.code(shape, batch.arguments["q"].shape[0], 3, mask)
+        code = gpu.code(shape, batch.arguments["q"].shape[0], 3, mask, fused=fused)
         grid = re.search(r"triton_tem_fused_0\.run\(.*, (\d+), (\d+), (\d+), stream", code)
         expected = batch.run(tree_attention_reference)[0].relu()
         batch.arguments["page_table"] = torch.nn.functional.pad(table := batch.arguments["page_table"], (0, 64 - table.shape[1]))
         inputs = {name.upper(): x for name, x in (batch.arguments | {"sinks": batch.constants["sinks"]}).items()}
+        if fused:  # the one argument bears one of the names
+            inputs |= dict.fromkeys("QKV", torch.cat([inputs[name] for name in "QKV"], 1))
         files.append(tmp_path / f"kernel{at}.py")
         files[-1].write_text(kernel_of(code))
         files[-1].with_suffix(".pkl").write_bytes(pickle.dumps((inputs, expected, tuple(map(int, grid.groups())))))
