@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +133,11 @@ def contiguous_output(like: Any, size: list[Any]) -> Any:
     return FixedLayout(like.get_device(), like.get_dtype(), size, FlexibleLayout.contiguous_strides(size))
 
 
-def fastest(name: str, choices: list[Any], inputs: list[Any], layout: Any, examples: dict[int, Callable[[Any], torch.Tensor]]) -> Any:
+def fastest(name: str, choices: list[Any], inputs: list[Any], layout: Any, examples: Mapping[int, Callable[[Any], torch.Tensor]]) -> Any:
     """The result of the choice that measures fastest. examples: makes the input of that number for the measurement."""
     from torch._inductor.select_algorithm import autotune_select_algorithm
 
-    chosen = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=examples)
+    chosen = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=dict(examples))
     return chosen[0] if isinstance(chosen, tuple) else chosen  # 2.11 returns the node alone
 
 
