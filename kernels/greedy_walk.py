@@ -3,6 +3,10 @@
 From a sequence's first row the walk goes to the child whose token was chosen behind its parent, for as long as there is one (greedy
 verification: Leviathan et al., 2023; of trees: Miao et al., 2023). The rows of a prompt are a chain in which every token was "chosen".
 
+The sampled walk is this op too. A token's noise belongs to its place in its sequence and not to the draw (`keyed_sample`), so the choice
+behind a row does not depend on whether the walk comes there: draw behind all rows at once, with the key's position being the row's
+standing position (`tree_positions`) plus one, and walk along what was drawn. That commits what drawing token by token would.
+
 ==============  =================  ===================================================================================
 argument        shape              meaning
 ==============  =================  ===================================================================================

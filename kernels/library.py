@@ -21,7 +21,7 @@ REFERENCES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
 def define_op(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
     """Register an op by its schema (``name(args) -> result``) with its reference and fake; returns the overload."""
     name = schema.partition("(")[0]
-    _library.define(schema)
+    _library.define(schema, tags=torch.Tag.needs_exact_strides)  # kernels get the layouts that were traced, in compiled code too
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"specfx::{name}", fake)
     op = getattr(torch.ops.specfx, name).default

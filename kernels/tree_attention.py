@@ -26,6 +26,8 @@ paged KV after vLLM (Kwon et al., 2023).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -60,27 +62,40 @@ def tree_attention_reference(
     skip: int = 0,
 ) -> Tensor:
     """The specification; see the module's table. Returns ``[T, Hq, Dv]``."""
-    page_size = k_pages.shape[1]
-    flat_k, flat_v = (pages.view(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))  # never a copy
-    for source, target in moves.t().tolist():
-        if source >= 0:
-            flat_k[target], flat_v[target] = flat_k[source], flat_v[source]
+    tree_append_reference(k, v, page_table, lengths, row_starts, moves, k_pages, v_pages)
+    flat_k, flat_v = k_pages.flatten(0, 1), v_pages.flatten(0, 1)
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    starts = row_starts.tolist()
-    for s, length in enumerate(lengths.tolist()):
-        here = slice(starts[s], starts[s + 1])
+    for here, length, slots in _places(page_table, lengths, row_starts, k_pages.shape[1]):
         rows = here.stop - here.start
-        position = torch.arange(length + rows, device=q.device)
-        slots = page_table[s].long()[position // page_size] * page_size + position % page_size
-        flat_k[slots[length:]], flat_v[slots[length:]] = k[here], v[here]
         ancestors = _ancestors(None if tree_mask is None else tree_mask[here], rows, q.device)
         visible = torch.cat([ancestors.new_ones(rows, length), ancestors], 1)
-        standing = torch.cat([position[:length], length + ancestors.sum(1) - 1])
+        standing = torch.cat([torch.arange(length, device=q.device), length + ancestors.sum(1) - 1])
         if window:
             visible &= standing[None, :] > standing[length:, None] - window
         visible &= (standing[None, :] >= skip) | (standing[length:, None] < skip)
         out[here] = masked_attention(q[here], flat_k[slots], flat_v[slots], visible, scale, softcap, sinks)
     return out
+
+
+def tree_append_reference(
+    k: Tensor, v: Tensor, page_table: Tensor, lengths: Tensor, row_starts: Tensor, moves: Tensor, k_pages: Tensor, v_pages: Tensor
+) -> None:
+    """What the op does to the pools: moves, then appends."""
+    flat_k, flat_v = (pages.view(-1, *pages.shape[2:]) for pages in (k_pages, v_pages))  # never a copy
+    for source, target in moves.t().tolist():
+        if source >= 0:
+            flat_k[target], flat_v[target] = flat_k[source], flat_v[source]
+    for here, length, slots in _places(page_table, lengths, row_starts, k_pages.shape[1]):
+        flat_k[slots[length:]], flat_v[slots[length:]] = k[here], v[here]
+
+
+def _places(page_table: Tensor, lengths: Tensor, row_starts: Tensor, page_size: int) -> Iterator[tuple[slice, int, Tensor]]:
+    """Of each sequence: its rows, its committed tokens, and the slots of those and of the rows behind them."""
+    starts = row_starts.tolist()
+    for s, length in enumerate(lengths.tolist()):
+        here = slice(starts[s], starts[s + 1])
+        position = torch.arange(length + here.stop - here.start, device=page_table.device)
+        yield here, length, page_table[s].long()[position // page_size] * page_size + position % page_size
 
 
 def _tree_attention_fake(q: Tensor, k: Tensor, v: Tensor, *metadata_caches_constants: object, **more: object) -> Tensor:
@@ -130,6 +145,14 @@ tree_attention_ = define_op(
     reference=tree_attention_reference,
     fake=_tree_attention_fake,
 )
+
+tree_append_ = define_op(
+    "tree_append_(Tensor k, Tensor v, Tensor page_table, Tensor lengths, Tensor row_starts, Tensor moves, Tensor(a!) k_pages, "
+    "Tensor(b!) v_pages) -> ()",
+    reference=tree_append_reference,
+    fake=lambda *arguments: None,
+)
+"""The part of `tree_attention_` that writes, for a lowering that attends in a kernel of its own."""
 
 tree_positions = define_op(
     "tree_positions(Tensor? tree_mask, Tensor lengths, Tensor row_starts, Tensor input_ids) -> Tensor",

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from specfx.errors import LoweringError
-from specfx.kernels.tree_attention import tree_attention_
-from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, require, tl
+from specfx.kernels.tree_attention import tree_append_, tree_attention_
+from specfx.kernels.triton_attend import append_rows, attend_rows, block_rows, find_block
+from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, register_on_cuda, require, tl
 
 # --- configurations -------------------------------------------------------------------------------------------------------------
 
@@ -64,6 +65,8 @@ CONFIGS = tuple(
 
 MOVES = 32
 """Moved rows that a program of `_move` holds at a time."""
+APPENDED = 32
+"""New rows that a program of `_append` has."""
 
 
 def candidates(key_dim: int, value_dim: int, dtype: torch.dtype, shared_memory: int) -> list[Config]:
@@ -161,50 +164,6 @@ def _move_head(moves, slots, count, move_s, move_m, SLOT: tl.constexpr, D: tl.co
 
 
 @jit
-def _words(tree_mask, row, mask, rows):
-    """The ancestors of each row as two int32 words of 32 bits (64-bit shifts are slow and take twice the registers). Bits that are
-    of no row are cleared."""
-    one = tl.full([], 1, tl.int64)
-    rows_bits = tl.where(rows < 64, (one << tl.minimum(rows, 63)) - 1, -one)
-    word = tl.load(tree_mask + row, mask=mask, other=0) & rows_bits
-    return word.to(tl.int32), (word >> 32).to(tl.int32)
-
-
-@jit
-def _ones(x):
-    """How many bits of an int32 are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    x = x + (x >> 8)
-    return (x + (x >> 16)) & 0x3F
-
-
-@jit
-def _dot(a, b, acc, WIDE: tl.constexpr):
-    """acc + a @ b. WIDE: in float32 (Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers)."""
-    if WIDE:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@jit
-def _fold(acc, top, total, q, k, v, visible, scale, cap, HAS_SOFTCAP: tl.constexpr, WIDE: tl.constexpr):
-    """One more block of keys k ``[DK, N]`` and values v ``[N, DV]`` in the running softmax: acc ``[M, DV]``, its weights' sum `total`
-    and the largest logit `top` (base 2), ``[M]``."""
-    scores = _dot(q, k, tl.zeros(visible.shape, tl.float32), WIDE) * scale
-    if HAS_SOFTCAP:
-        scores = cap - 2 * cap / (1 + tl.exp2(scores))  # cap * tanh
-    scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(higher == float("-inf"), 0.0, higher)  # a query may have seen nothing yet
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    acc = _dot(weights.to(v.dtype), v, acc * shrink[:, None], WIDE)
-    return acc, higher, total * shrink + tl.sum(weights, 1)
-
-
-@jit
 def _attend(
     q,
     k,
@@ -252,127 +211,53 @@ def _attend(
     ``[SPLITS, T, Hq]`` (base 2) if the prefix is split. scale, cap: see the launcher. x_t, x_h: strides of rows and heads."""
     block, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
 
-    # Sequence s has the blocks from row_starts[s] * SHARE // BLOCK_M + s on: as many as it needs, or one more.
-    count = tl.full([], 0, tl.int32)
-    for first_s in range(0, sequences, 128):
-        s = first_s + tl.arange(0, 128)
-        start = tl.load(row_starts + s, mask=s < sequences, other=0)
-        count += tl.sum(((start * SHARE // BLOCK_M + s <= block) & (s < sequences)).to(tl.int32))
-    sequence = count - 1
-    row0 = tl.load(row_starts + sequence).to(tl.int32)
-    rows = tl.load(row_starts + sequence + 1).to(tl.int32) - row0
-    length = tl.load(lengths + sequence).to(tl.int32)
-    first_query = (block - row0 * SHARE // BLOCK_M - sequence) * BLOCK_M
+    sequence, row0, rows, length, first_query = find_block(block, lengths, row_starts, sequences, SHARE, BLOCK_M)
     if first_query >= rows * SHARE:
         return
 
-    query = first_query + tl.arange(0, BLOCK_M)
-    live = query < rows * SHARE
-    row, head = query // SHARE, group * SHARE + query % SHARE
-    at_row = (row0 + row).to(tl.int64)
-    n, dk, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    row, at_row, head, live = block_rows(first_query, row0, rows, group, SHARE, BLOCK_M)
     table = page_table + sequence.to(tl.int64) * table_s
-
-    if split == SPLITS:  # append
-        fresh = (live & (query % SHARE == 0))[:, None]
-        position = length + row
-        page = tl.load(table + position // PAGE_SIZE, mask=live, other=0).to(tl.int64)
-        slot = ((page * PAGE_SIZE + position % PAGE_SIZE) * GROUPS + group)[:, None]
-        mask_k, mask_v = fresh & (dk < DK)[None, :], fresh & (dv < DV)[None, :]
-        new_k = tl.load(k + at_row[:, None] * k_t + group * k_h + dk[None, :], mask=mask_k)
-        tl.store(k_pages + slot * DK + dk[None, :], new_k, mask=mask_k)
-        new_v = tl.load(v + at_row[:, None] * v_t + group * v_h + dv[None, :], mask=mask_v)
-        tl.store(v_pages + slot * DV + dv[None, :], new_v, mask=mask_v)
+    if split == SPLITS:
+        new = live & ((first_query + tl.arange(0, BLOCK_M)) % SHARE == 0)
+        append_rows(
+            k, v, k_pages, v_pages, table, row, at_row, new, length, group, k_t, k_h, v_t, v_h,
+            GROUPS, DK, DV, PAGE_SIZE, BLOCK_DK, BLOCK_DV,
+        )  # fmt: skip
         return
 
-    depth = row
-    tree = False
-    if HAS_MASK:
-        tree = rows <= 64
-        low_word, high_word = _words(tree_mask + row0, row, live, rows)
-        depth = tl.where(tree, _ones(low_word) + _ones(high_word) - 1, row)
-
-    oldest = 0  # no query of this block sees a key that stands before it
-    if HAS_WINDOW:
-        oldest = tl.maximum(length + tl.min(tl.where(live, depth, rows)) - window + 1, 0)
-    low = tl.minimum(oldest, length) // BLOCK_N * BLOCK_N
-    a_split = tl.cdiv(tl.cdiv(length - low, BLOCK_N), SPLITS) * BLOCK_N
-    begin = low + split * a_split
-    end = tl.minimum(begin + a_split, length)
-
-    at_head = head.to(tl.int64)
-    if SPLITS > 1:
-        at_log = (split * total_rows + at_row) * (GROUPS * SHARE) + at_head
-        if (begin >= end) & (split < SPLITS - 1):
-            tl.store(logs + at_log, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=live)
-            return
-
-    queries = tl.load(q + at_row[:, None] * q_t + at_head[:, None] * q_h + dk[None, :], mask=live[:, None] & (dk < DK)[None, :], other=0.0)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:  # a logit without a value, in the last part
-        last = split == SPLITS - 1
-        top = tl.where(last, tl.load(sinks + head).to(tl.float32) * 1.4426950408889634, top)  # log2(e)
-        total = tl.where(last, 1.0, total)
-
-    for at in range(begin, end, BLOCK_N):  # committed tokens
-        position = at + n
-        inside = position < length
-        if PAGE_SIZE % BLOCK_N == 0:  # in one page: 64-bit offsets for the block, 32-bit ones in it
-            slot = (tl.load(table + at // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + at % PAGE_SIZE) * GROUPS + group
-            k_at = (k_pages + slot * DK) + (n[None, :] * (GROUPS * DK) + dk[:, None])
-            v_at = (v_pages + slot * DV) + (n[:, None] * (GROUPS * DV) + dv[None, :])
-        else:
-            page = tl.load(table + position // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
-            slot = (page * PAGE_SIZE + position % PAGE_SIZE) * GROUPS + group
-            k_at = k_pages + slot[None, :] * DK + dk[:, None]
-            v_at = v_pages + slot[:, None] * DV + dv[None, :]
-        keys = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)
-        values = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
-        visible = tl.broadcast_to(inside[None, :], [BLOCK_M, BLOCK_N])
-        if HAS_WINDOW:
-            visible &= position[None, :] > (length + depth - window)[:, None]
-        if HAS_SKIP:
-            visible &= (position >= skip)[None, :] | (length + depth < skip)[:, None]
-        acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
-
-    if split == SPLITS - 1:  # new rows
-        begin = tl.maximum(oldest - length, 0) // BLOCK_N * BLOCK_N
-        end = tl.minimum((first_query + BLOCK_M - 1) // SHARE + 1, rows)
-        if HAS_MASK:
-            begin, end = tl.where(tree, 0, begin), tl.where(tree, rows, end)
-        for at in range(begin, end, BLOCK_N):
-            j = at + n
-            inside = j < rows
-            first_row = (row0 + at).to(tl.int64)
-            k_at = (k + first_row * k_t + group * k_h) + (n[None, :] * k_t + dk[:, None])
-            v_at = (v + first_row * v_t + group * v_h) + (n[:, None] * v_t + dv[None, :])
-            keys = tl.load(k_at, mask=inside[None, :] & (dk < DK)[:, None], other=0.0)
-            values = tl.load(v_at, mask=inside[:, None] & (dv < DV)[None, :], other=0.0)
-            visible = j[None, :] <= row[:, None]
-            depth_j = j
-            if HAS_MASK:
-                word = tl.where((j < 32)[None, :], low_word[:, None], high_word[:, None])
-                visible = tl.where(tree, ((word >> (j & 31)[None, :]) & 1) != 0, visible)
-                if HAS_WINDOW or HAS_SKIP:
-                    low_j, high_j = _words(tree_mask + row0, j, inside, rows)
-                    depth_j = tl.where(tree, _ones(low_j) + _ones(high_j) - 1, j)
-            visible &= inside[None, :]
-            if HAS_WINDOW:
-                visible &= depth_j[None, :] > (depth - window)[:, None]
-            if HAS_SKIP:
-                visible &= (length + depth_j >= skip)[None, :] | (length + depth < skip)[:, None]
-            acc, top, total = _fold(acc, top, total, queries, keys, values, visible, scale, cap, HAS_SOFTCAP, WIDE)
-
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
-    at_out = (at_row * (GROUPS * SHARE) + at_head)[:, None] * DV + dv[None, :]
+    acc, log = attend_rows(
+        q, k, v, tree_mask, table, k_pages, v_pages, sinks, scale, cap, window, skip,
+        first_query, row0, rows, length, row, at_row, head, live, group, split, q_t, q_h, k_t, k_h, v_t, v_h,
+        GROUPS, SHARE, DK, DV, PAGE_SIZE, HAS_MASK, HAS_WINDOW, HAS_SKIP, HAS_SOFTCAP, HAS_SINKS, WIDE,
+        BLOCK_M, BLOCK_N, BLOCK_DK, BLOCK_DV, SPLITS,
+    )  # fmt: skip
+    dv = tl.arange(0, BLOCK_DV)
     mask = live[:, None] & (dv < DV)[None, :]
-    if SPLITS == 1:
-        tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
-    else:
-        tl.store(logs + at_log, top + tl.log2(total), mask=live)
-        tl.store(out + at_log[:, None] * DV + dv[None, :], acc, mask=mask)
+    at = at_row * (GROUPS * SHARE) + head
+    if SPLITS > 1:
+        at += split.to(tl.int64) * total_rows * (GROUPS * SHARE)
+        tl.store(logs + at, log, mask=live)
+        mask &= (log > float("-inf"))[:, None]
+    at_out = at[:, None] * DV + dv[None, :]  # summed before the pointer: otherwise the largest blocks spill
+    tl.store(out + at_out, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@jit
+def _append(
+    k, v, page_table, lengths, row_starts, k_pages, v_pages, sequences, k_t, k_h, v_t, v_h, table_s,
+    GROUPS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks of rows, KV heads). What the further programs of `_attend` do, by itself."""
+    block, group = tl.program_id(0), tl.program_id(1)
+    sequence, row0, rows, length, first_row = find_block(block, lengths, row_starts, sequences, 1, BLOCK_M)
+    if first_row >= rows:
+        return
+    row, at_row, _, new = block_rows(first_row, row0, rows, group, 1, BLOCK_M)
+    table = page_table + sequence.to(tl.int64) * table_s
+    append_rows(
+        k, v, k_pages, v_pages, table, row, at_row, new, length, group, k_t, k_h, v_t, v_h, GROUPS, DK, DV, PAGE_SIZE, BLOCK_DK, BLOCK_DV
+    )
 
 
 @jit
@@ -416,34 +301,110 @@ def tree_attention_triton(
     """`specfx.kernels.tree_attention`'s op. config: `default_config`'s if None. Raises `LoweringError`."""
     require(_attend, q)
     _check(q, k, v, k_pages, v_pages)
-    rows, heads, groups, dk, dv = q.shape[0], q.shape[1], k.shape[1], k.shape[2], v.shape[2]
-    out = q.new_empty(rows, heads, dv)
+    _launch_move(moves, k_pages, v_pages)
+    return _launch_attend(
+        q, k, v, tree_mask, page_table, lengths, row_starts, k_pages, v_pages, scale, window, softcap, sinks, skip, config, append=True
+    )
+
+
+def tree_append_triton(
+    k: Tensor, v: Tensor, page_table: Tensor, lengths: Tensor, row_starts: Tensor, moves: Tensor, k_pages: Tensor, v_pages: Tensor
+) -> None:
+    """`specfx.kernels.tree_attention`'s `tree_append_`. Raises `LoweringError`."""
+    require(_append, k)
+    _check(k, k, v, k_pages, v_pages)
+    _launch_move(moves, k_pages, v_pages)
+    rows, groups, dk = k.shape
+    if rows == 0:
+        return
+    k, v, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v, page_table))
+    _append[(rows // APPENDED + lengths.shape[0], groups)](
+        k, v, page_table, lengths.contiguous(), row_starts.contiguous(), k_pages, v_pages, lengths.shape[0],
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), page_table.stride(0),
+        GROUPS=groups, DK=dk, DV=v.shape[2], PAGE_SIZE=k_pages.shape[1],
+        BLOCK_M=APPENDED, BLOCK_DK=power_of_two(dk), BLOCK_DV=power_of_two(v.shape[2]), num_warps=4,
+    )  # fmt: skip
+
+
+def tree_attend_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree_mask: Tensor | None,
+    page_table: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    skip: int = 0,
+    config: Config | None = None,
+) -> Tensor:
+    """The op's output alone: nothing is moved or appended, and of the pools only what is committed is read. Raises `LoweringError`."""
+    require(_attend, q)
+    _check(q, k, v, k_pages, v_pages)
+    return _launch_attend(
+        q, k, v, tree_mask, page_table, lengths, row_starts, k_pages, v_pages, scale, window, softcap, sinks, skip, config, append=False
+    )
+
+
+def _launch_move(moves: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
     if moves.shape[1] > 0:
+        _, _, groups, dk = k_pages.shape
+        dv = v_pages.shape[3]
         _move[(groups, 2)](
             moves, k_pages, v_pages, moves.shape[1], moves.stride(0), moves.stride(1),
             GROUPS=groups, DK=dk, DV=dv, BLOCK=MOVES, BLOCK_DK=power_of_two(dk), BLOCK_DV=power_of_two(dv), num_warps=4,
         )  # fmt: skip
+
+
+def logit_factors(scale: float, softcap: float) -> tuple[float, float]:
+    """What the kernels take as scale and cap: logits in base 2, and softcap * tanh(x * scale / softcap) as
+    cap - 2 cap / (1 + exp2(x * 2 log2(e) scale / softcap))."""
+    return LOG2E * scale * (2 / softcap if softcap else 1), LOG2E * softcap
+
+
+def _launch_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tree_mask: Tensor | None,
+    page_table: Tensor,
+    lengths: Tensor,
+    row_starts: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+    skip: int,
+    config: Config | None,
+    append: bool,
+) -> Tensor:
+    rows, heads, groups, dk, dv = q.shape[0], q.shape[1], k.shape[1], k.shape[2], v.shape[2]
+    out = q.new_empty(rows, heads, dv)
     if rows == 0:
         return out
     page_size, sequences = k_pages.shape[1], lengths.shape[0]
     if config is None:
         config = default_config(
             max(dk, dv), q.dtype, rows, sequences, page_size,
-            groups=groups, share=heads // groups, pages=page_table.shape[1], **_device(q.device),
+            groups=groups, share=heads // groups, pages=page_table.shape[1], **device_properties(q.device),
         )  # fmt: skip
     split = config.SPLITS > 1
     parts = q.new_empty(config.SPLITS, rows, heads, dv, dtype=torch.float32) if split else out
     logs = q.new_empty(config.SPLITS, rows, heads, dtype=torch.float32) if split else out
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    page_table = page_table if page_table.stride(1) == 1 else page_table.contiguous()
+    q, k, v, page_table = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, page_table))
     blocks = rows * (heads // groups) // config.BLOCK_M + sequences
-    _attend[(blocks, groups, config.SPLITS + 1)](
+    _attend[(blocks, groups, config.SPLITS + append)](
         q, k, v, parts, logs,
         tree_mask if tree_mask is None else tree_mask.contiguous(),
         page_table, lengths.contiguous(), row_starts.contiguous(), k_pages, v_pages,
-        sinks if sinks is None else sinks.contiguous(),
-        # Logits in base 2. softcap * tanh(x * scale / softcap) is taken as cap - 2 cap / (1 + exp2(x * 2 log2(e) scale / softcap)).
-        LOG2E * scale * (2 / softcap if softcap else 1), LOG2E * softcap,
+        sinks if sinks is None else sinks.contiguous(), *logit_factors(scale, softcap),
         window, skip, sequences, rows, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), page_table.stride(0),
         GROUPS=groups, SHARE=heads // groups, DK=dk, DV=dv, PAGE_SIZE=page_size,
         HAS_MASK=tree_mask is not None, HAS_WINDOW=window > 0, HAS_SKIP=skip > 0, HAS_SOFTCAP=softcap != 0,
@@ -472,7 +433,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor) ->
         raise LoweringError("specfx::tree_attention_: pools must be contiguous")
 
 
-def _device(device: torch.device) -> dict[str, int]:
+def device_properties(device: torch.device) -> dict[str, int]:
+    """The arguments of `default_config` that belong to the device."""
     if device.type != "cuda":
         return {"capability": 80, "processors": 1}
     properties = torch.cuda.get_device_properties(device)
@@ -480,5 +442,6 @@ def _device(device: torch.device) -> dict[str, int]:
 
 
 def register() -> None:
-    """Make this the op's kernel on CUDA devices. Call it once, where Triton can be imported and CUDA is available."""
-    torch.library.impl(tree_attention_.name(), "cuda", tree_attention_triton)
+    """Make these the ops' kernels on CUDA devices; again: nothing. Raises `LoweringError` (no Triton, no CUDA device)."""
+    register_on_cuda(tree_attention_, tree_attention_triton)
+    register_on_cuda(tree_append_, tree_append_triton)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     AOTAutograd has nothing to do here (no gradients, no aliases, and the only inputs that change are those of ops that say so), would
     take a third of the time, and can't make ops that write into their inputs functional within a region.
     """
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
+        from specfx.kernels import inductor_attention
+
+        inductor_attention.register()
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -85,6 +89,85 @@ def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.
         lifted = node.op == "get_attr" and node.target in weights
         new[node] = weights[str(node.target)] if lifted else graph.node_copy(node, new.__getitem__)
     return fx.GraphModule(module, graph)
+
+
+# --- Inductor lowerings and templates (all read in 2.13; where 2.11 differs, it says so) -----------------------------------------
+
+
+def lower_on_cuda(op: torch._ops.OpOverload, lower: Callable[..., Any]) -> None:
+    """Let Inductor lower `op` by ``lower(*args, **kwargs)`` where its first argument is on a CUDA device and the answer is not None;
+    else it calls the op, as without this (`register_lowering`, `FallbackKernel`)."""
+    from torch._inductor.lowering import fallback_handler, register_lowering
+
+    call_op = fallback_handler(op)
+
+    def lowering(first: Any, *args: Any, **kwargs: Any) -> Any:
+        lowered = lower(first, *args, **kwargs) if first.get_device().type == "cuda" else None
+        return call_op(first, *args, **kwargs) if lowered is None else lowered
+
+    register_lowering(op, type_promotion_kind=None)(lowering)
+
+
+def emit_call(op: torch._ops.OpOverload, *args: Any) -> None:
+    """A call of an op that only mutates, in the code that is being made (`FallbackKernel`)."""
+    from torch._inductor.ir import FallbackKernel
+
+    FallbackKernel.create(op, *args)
+
+
+def triton_template(name: str, grid: Callable[..., tuple[Any, Any, Any]], source: str) -> Any:
+    """`TritonTemplate` over a grid function ``(*call_sizes, meta)`` of ints or symbols."""
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate
+
+    return TritonTemplate(name=name, grid=SymbolicGridFn(grid), source=source)
+
+
+def extern_choice(function: Callable[..., torch.Tensor]) -> Any:
+    """A plain function as a choice beside templates. Generated code finds it by its name, so it is made in each process."""
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    return ExternKernelChoice(function, has_out_variant=False)
+
+
+def tuning() -> bool:
+    """Whether Inductor may measure choices in the compilation that is going on."""
+    return bool(config.max_autotune)
+
+
+def realized(x: Any) -> Any:
+    """An IR node as a buffer (or a view of one) whose last dimension is dense."""
+    from torch._inductor.ir import ExternKernel
+
+    return ExternKernel.require_stride1(ExternKernel.realize_input(x))
+
+
+def is_static(x: Any) -> bool:
+    """Whether no size of an IR node is a symbol."""
+    return all(isinstance(n, int) or n.is_number for n in x.get_size())
+
+
+def hinted_sizes(x: Any) -> list[int]:
+    """The sizes of an IR node, symbols at the values that tuning assumes."""
+    from torch._inductor.virtualized import V
+
+    sizevars: Any = V.graph.sizevars
+    hint = sizevars.optimization_hint if hasattr(sizevars, "optimization_hint") else sizevars.size_hint  # 2.11
+    return [int(hint(n)) for n in x.get_size()]
+
+
+def contiguous_output(like: Any, size: list[Any]) -> Any:
+    """The layout of a result on the device and of the dtype of an IR node."""
+    from torch._inductor.ir import FixedLayout, FlexibleLayout
+
+    return FixedLayout(like.get_device(), like.get_dtype(), size, FlexibleLayout.contiguous_strides(size))
+
+
+def fastest(name: str, choices: list[Any], inputs: list[Any], layout: Any, examples: Mapping[int, Callable[[Any], torch.Tensor]]) -> Any:
+    """The result of the choice that measures fastest. examples: makes the input of that number for the measurement."""
+    from torch._inductor.select_algorithm import autotune_select_algorithm
+
+    chosen = autotune_select_algorithm(name, choices, inputs, layout, input_gen_fns=dict(examples))
+    return chosen[0] if isinstance(chosen, tuple) else chosen  # 2.11 returns the node alone
 
 
 def weight_conversions() -> tuple[Any, Any, Any, Any, Any] | None:

@@ -20,8 +20,13 @@ from torch import Tensor
 
 from specfx.kernels import cpu_build
 from specfx.kernels.attention import attention, attention_reference
+from specfx.kernels.greedy_walk import greedy_walk
+from specfx.kernels.keyed_sample import keyed_sample
+from specfx.kernels.library import REFERENCES
+from specfx.kernels.materialize import materialize
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear, packed_linear_reference, unpack
 from specfx.kernels.tree_attention import (
+    tree_append_,
     tree_attention_,
     tree_attention_reference,
     tree_parents,
@@ -231,7 +236,7 @@ def test_tree_attention_reference_is_attention_under_a_dense_mask(batch: Batch) 
 
 @PROPERTY
 @given(batch=batches())
-def test_rows_stand_at_their_depth_behind_the_committed_tokens(batch: Batch) -> None:
+def test_rows_stand_at_their_depth_behind_the_committed_tokens(kernels: cpu_build.CpuKernels, batch: Batch) -> None:
     ids = torch.zeros(1, batch.rows[-1].stop, dtype=torch.int64)
     arguments = (batch.arguments["tree_mask"], batch.arguments["lengths"], batch.arguments["row_starts"], ids)
     expected = [
@@ -240,6 +245,7 @@ def test_rows_stand_at_their_depth_behind_the_committed_tokens(batch: Batch) -> 
         for row in range(len(parents))
     ]
     assert tree_positions_reference(*arguments).tolist() == [expected]
+    assert tree_positions(*arguments).tolist() == [expected]
 
 
 @PROPERTY
@@ -276,29 +282,42 @@ def test_the_marker_takes_softcap_and_sinks_as_tree_attention_does() -> None:
 # --- registrations --------------------------------------------------------------------------------------------------------------
 
 
-def opcheck_all() -> None:
-    """All of opcheck's tests apply: schema (mutation, aliasing), autograd registration, fake tensors, AOT dispatch with dynamic sizes."""
+def opcheck_cases() -> dict[torch._ops.OpOverload, list[tuple[object, ...]]]:
+    """Arguments to check each op with."""
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 4)
-    torch.library.opcheck(attention, (q, k, v, 0.3))
-    torch.library.opcheck(attention, (q, k, v, 0.3, 3, 2.0, torch.randn(6)))
+    cases: dict[torch._ops.OpOverload, list[tuple[object, ...]]] = {op: [] for op in REFERENCES}
+    cases[attention] = [(q, k, v, 0.3), (q, k, v, 0.3, 3, 2.0, torch.randn(6))]
     tree = [-1, 0, 0, 1, 2, 4]
     for shape, mask in ((Shape(2, 3, 8, 4), True), (Shape(1, 4, window=3, softcap=2.0, sinks=True, skip=2), False)):
         shape = dataclasses.replace(shape, dtype=torch.float32)
         batch = make_batch(shape, [5, 0], [tree if mask else causal_run(6), causal_run(4)], 0, mask)
         for name in ("k_pages", "v_pages"):  # what opcheck compares must be equal to itself
             batch.arguments[name].nan_to_num_()
-        torch.library.opcheck(tree_attention_, tuple(batch.arguments.values()), batch.constants)
-        ids = torch.zeros(1, 10, dtype=torch.int64)
-        torch.library.opcheck(
-            tree_positions, (batch.arguments["tree_mask"], batch.arguments["lengths"], batch.arguments["row_starts"], ids)
-        )
-        torch.library.opcheck(tree_parents, (batch.arguments["tree_mask"], batch.arguments["row_starts"], ids))
+        words, table, lengths, starts = (batch.arguments[name] for name in ("tree_mask", "page_table", "lengths", "row_starts"))
+        ids, chosen = torch.arange(10)[None] % 3, torch.arange(1, 11) % 3
+        cases[tree_attention_].append((*batch.arguments.values(), *batch.constants.values()))
+        cases[tree_append_].append(tuple(x for name, x in batch.arguments.items() if name not in ("q", "tree_mask")))
+        cases[tree_positions].append((words, lengths, starts, ids))
+        cases[greedy_walk].append((ids, chosen, words, table, lengths, starts, shape.page_size))
+        cases[tree_parents].append((words, starts, ids))
     weight, x = pack(torch.randn(70, 64).bfloat16()), torch.randn(2, 3, 64).bfloat16()
-    torch.library.opcheck(packed_linear, (x, weight, None, 70))
-    torch.library.opcheck(packed_linear, (x, weight, torch.randn(70).bfloat16(), 70))
+    cases[packed_linear] = [(x, weight, None, 70), (x, weight, torch.randn(70).bfloat16(), 70)]
+    cases[keyed_sample] = [(torch.randn(3, 10), torch.arange(9).view(3, 3))]
+    cases[materialize] = [(x,), (x.transpose(0, 1),)]
+    return cases
 
 
-def test_ops_with_kernels_pass_opcheck(packs: None) -> None:
+def opcheck_all() -> None:
+    """All of opcheck's tests apply: schema (mutation, aliasing), autograd registration, fake tensors, AOT dispatch with dynamic sizes."""
+    for op, cases in opcheck_cases().items():
+        assert cases, f"{op} is not checked"
+        for case in cases:
+            torch.library.opcheck(op, case)
+
+
+def test_every_op_passes_opcheck(kernels: cpu_build.CpuKernels) -> None:
+    names = {name.rpartition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("specfx::")}
+    assert names == {op._schema.name.rpartition("::")[2] for op in REFERENCES}
     opcheck_all()
 
 

@@ -335,7 +335,7 @@ def test_the_hash_of_the_sources_covers_every_pass_and_kernel(tmp_path: Path, mo
     monkeypatch.setattr(specfx, "__path__", [str(tmp_path)])
     seen = {_compat._sources_hash()}
     files = [f for f in sorted(tmp_path.rglob("*")) if f.is_file()]
-    assert {"tree_mask.py", "tree_attention.py", "ops.cpp"} <= {f.name for f in files}
+    assert {"tree_mask.py", "tree_attention.py", "ops.cpp", "triton_attend.py", "inductor_attention.py"} <= {f.name for f in files}
     for file in files:
         file.write_bytes(file.read_bytes() + b"\n")
         now = _compat._sources_hash()

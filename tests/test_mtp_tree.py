@@ -143,12 +143,6 @@ def test_the_last_row_of_a_full_tree_is_walked_to(kernels: cpu_build.CpuKernels)
         assert lengths.tolist() == [5 + len(path), 64, 68]
 
 
-@pytest.mark.parametrize("mask", [True, False])
-def test_greedy_walk_passes_opcheck(mask: bool, kernels: cpu_build.CpuKernels) -> None:
-    kind = "tree" if mask else "chain"
-    torch.library.opcheck(greedy_walk, make_walk([(kind, 9, 5), ("chain", 70, 0), (kind, 1, 3)], 4, mask, 0.9, 1).arguments)
-
-
 # --- drafting in tensors --------------------------------------------------------------------------------------------------------
 
 Path = tuple[int, ...]

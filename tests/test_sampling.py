@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_kernels import mask_words
 from tiny import tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
@@ -17,7 +20,9 @@ import specfx
 from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
+from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference
 from specfx.kernels.keyed_sample import keyed_gumbel, keyed_sample, keyed_sample_reference, philox
+from specfx.kernels.tree_attention import tree_positions, tree_positions_reference
 
 VOCAB = 128
 
@@ -66,11 +71,6 @@ def test_the_kernel_draws_what_the_reference_draws(vocabulary: int) -> None:
     assert not (drawn[:12] % 3 == 1).any()
 
 
-def test_opcheck() -> None:
-    generator = torch.Generator().manual_seed(0)
-    torch.library.opcheck(keyed_sample, (torch.randn(3, 10, generator=generator), random_keys(3, generator)))
-
-
 def test_a_row_depends_on_its_own_key_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     logits, keys = torch.randn(8, 50, generator=generator), random_keys(8, generator)
@@ -94,6 +94,60 @@ def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: in
     assert chi_square(counts, logits.softmax(0)) < 3
     wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
     assert chi_square(counts, wrong) > 3  # the measure would see a difference of a tenth
+
+
+# --- the sampled walk -----------------------------------------------------------------------------------------------------------
+
+
+def scores_behind(prefix: tuple[int, ...]) -> torch.Tensor:
+    """Logits ``[6]`` of a language model of sorts: random, and a function of the whole prefix."""
+    return 2 * torch.randn(6, generator=torch.Generator().manual_seed(hash(prefix) % 2**60))
+
+
+def assert_the_sampled_walk_is_sampling_token_by_token(
+    seed: int, sample: Callable[..., Any], walk: Callable[..., Any], positions: Callable[..., Any]
+) -> int:
+    """Three sequences with random trees, in which about every second choice is drafted. Returns the length of all walks."""
+    rng = random.Random(seed)
+    draw = lambda prefix, s: int(keyed_sample_reference(scores_behind(prefix)[None], torch.tensor([[seed, s, len(prefix)]])))  # noqa: E731
+    tokens, rows, words, keys, prefixes, plain = [], [], [], [], [], []
+    lengths = [rng.randrange(5) for _ in range(3)]
+    for s, length in enumerate(lengths):
+        parents = [-1, *(rng.randrange(max(0, row - 3), row) for row in range(1, 12))]
+        own = [tuple(rng.randrange(6) for _ in range(length + 1))]
+        children: dict[tuple[int, ...], int] = {}
+        for row, parent in enumerate(parents[1:], 1):
+            above = own[parent]
+            right = draw(above, s)
+            free = [t for t in range(6) if (*above, t) not in children]
+            own.append((*above, right if right in free and rng.random() < 0.5 else rng.choice(free)))
+            children[own[-1]] = row
+        text = own[0]
+        while (*text, draw(text, s)) in children:
+            text = (*text, draw(text, s))
+        plain.append(len(text) - len(own[0]) + 1)
+        tokens += [prefix[-1] for prefix in own]
+        words += mask_words(parents)
+        rows.append(len(parents))
+        keys += [[seed, s]] * len(parents)
+        prefixes += own
+    starts, table = torch.tensor([0, *itertools.accumulate(rows)]).int(), torch.arange(3 * 8).view(3, 8).int()
+    ids, mask, committed = torch.tensor([tokens]), torch.tensor(words), torch.tensor(lengths).int()
+    places = positions(mask, committed, starts, ids)[0] + 1
+    chosen = sample(torch.stack([scores_behind(prefix) for prefix in prefixes]), torch.cat([torch.tensor(keys), places[:, None]], 1))
+    _, after, _ = walk(ids, chosen, mask, table, committed, starts, 4)
+    assert (after - committed).tolist() == plain
+    return sum(plain)
+
+
+@pytest.mark.parametrize("reference", [True, False], ids=["references", "kernels"])
+def test_sampling_behind_all_rows_and_walking_is_sampling_token_by_token(reference: bool) -> None:
+    ops = (
+        (keyed_sample_reference, greedy_walk_reference, tree_positions_reference)
+        if reference
+        else (keyed_sample, greedy_walk, tree_positions)
+    )
+    assert sum(assert_the_sampled_walk_is_sampling_token_by_token(seed, *ops) for seed in range(20)) > 90
 
 
 # --- generate ------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
 """`specfx::tree_attention_` in Triton, without a GPU: numerics under Triton's interpreter, and compilation to a cubin.
 
-Triton decides at import whether kernels are interpreted, so the numerics are run by one test, in a process of their own (or by
-`TRITON_INTERPRET=1 pytest tests/test_triton_attention.py`). The ordinary run compiles a thinned list of specialisations; with
-SPECFX_COMPILE_ALL=1 it is all that `default_config` and `candidates` choose over `DIMS`, dtypes and capabilities. What needs a GPU:
-speed, races between programs or threads, and the code that ptxas makes (the interpreter runs programs one after another, in numpy).
+The ordinary run compiles a thinned list of specialisations; with SPECFX_COMPILE_ALL=1 it is all that `default_config` and `candidates`
+choose over `DIMS`, dtypes and capabilities. What needs a GPU: speed, races
+between programs or threads, and the code that ptxas makes (the interpreter runs programs one after another, in numpy).
 """
 
 from __future__ import annotations
@@ -15,41 +14,46 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import TOLERANCE, TREE, Batch, Shape, batches, bits, causal_run, dense_attention, make_batch, narrowed, tree_of
 from torch import Tensor
+from triton_tools import (
+    INTERPRETED,
+    SHARED_MEMORY,
+    Launch,
+    Launches,
+    assert_compiles,
+    compile_launch,
+    compiled,
+    interpreted,
+    no_interpreter,
+    run_interpreted,
+)
 
 from specfx.errors import LoweringError
 from specfx.kernels import triton_attention, triton_common
 from specfx.kernels.tree_attention import tree_attention_reference
-from specfx.kernels.triton_attention import CONFIGS, MOVES, Config, candidates, default_config, tree_attention_triton
-
-triton = pytest.importorskip("triton")
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run in a process of its own")
-compiled = pytest.mark.skipif(INTERPRETED, reason="not under TRITON_INTERPRET=1")
-
-
-NO_INTERPRETER = triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4)
+from specfx.kernels.triton_attention import (
+    CONFIGS,
+    MOVES,
+    Config,
+    candidates,
+    default_config,
+    tree_append_triton,
+    tree_attend_triton,
+    tree_attention_triton,
+)
 
 
 @compiled
-@pytest.mark.skipif(NO_INTERPRETER, reason="Triton 3.6 interprets loops with NumPy < 2.4 only")
+@no_interpreter
 def test_the_kernels_agree_with_the_references_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert int(re.search(r"(\d+) passed", done.stdout).group(1)) >= 40
+    run_interpreted(__file__, 40)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -244,6 +248,28 @@ def test_new_rows_before_the_window_are_not_read() -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("mask", [True, False])
+def test_append_and_attend_apart_are_the_op(mask: bool, splits: int) -> None:
+    shape = Shape(2, 3, 20, 8, 16, 30, 1.5, True, torch.float32)
+    batch = make_batch(shape, [40, 33, 7], [TREE if mask else causal_run(8), causal_run(70), []], 0, mask)
+    batch.arguments["k"], batch.arguments["page_table"] = (
+        batch.arguments[name].transpose(-1, 0).contiguous().transpose(-1, 0) for name in ("k", "page_table")
+    )
+    moved(batch, [(batch.slots[0][32], batch.slots[0][30]), (-1, -1), (batch.slots[0][35], batch.slots[0][31])])
+    expected, *expected_pools = batch.run(tree_attention_reference)
+    given = dict(batch.arguments)
+    pools = [given[name].clone() for name in ("k_pages", "v_pages")]
+    tree_append_triton(*(given[name] for name in ("k", "v", "page_table", "lengths", "row_starts", "moves")), *pools)
+    for ours, theirs in zip(pools, expected_pools, strict=True):
+        assert torch.equal(bits(ours), bits(theirs))
+    before = [*batch.arguments.values()][:7]
+    out = tree_attend_triton(*before, *pools, **batch.constants, config=config(splits=splits))
+    torch.testing.assert_close(out, expected)
+    assert all(torch.equal(bits(ours), bits(theirs)) for ours, theirs in zip(pools, expected_pools, strict=True))
+
+
+@interpreted
 def test_default_configs_run() -> None:
     for dtype, rows in itertools.product(TOLERANCE, (1, 40)):
         assert_triton_agrees(make_batch(Shape(1, 4, 16, 16, 64, 20, dtype=dtype), [300], [tree_of(rows)], rows))
@@ -280,15 +306,36 @@ def test_without_triton_the_module_imports_and_its_use_is_refused() -> None:
     assert "Triton is not installed" in done.stdout
 
 
+REGISTER = """
+import sys, torch
+{before}
+from specfx.errors import LoweringError
+from specfx.kernels import greedy_walk, keyed_sample, triton_kernels
+has = lambda op: torch._C._dispatch_has_kernel_for_dispatch_key("specfx::" + op, "CUDA")
+ops = ["tree_attention_", "tree_append_", "tree_positions", "greedy_walk", "keyed_sample"]
+try:
+    triton_kernels.register()
+    triton_kernels.register()
+except LoweringError as e:
+    print(e)
+print(*map(has, ops))
+"""
+
+
 @compiled
-def test_registered_it_is_the_ops_kernel_on_cuda() -> None:
-    script = (
-        "import torch; from specfx.kernels import triton_attention as t\n"
-        "has = lambda: torch._C._dispatch_has_kernel_for_dispatch_key('specfx::tree_attention_', 'CUDA')\n"
-        "before = has(); t.register(); print(before, has())"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "True"]
+@pytest.mark.parametrize(
+    ("before", "printed"),
+    [
+        ("torch.cuda.is_available = lambda: True", "True"),
+        ("torch.cuda.is_available = lambda: False", "Triton kernels need a CUDA device"),
+        ("sys.modules['triton'] = None", "Triton is not installed"),
+    ],
+)
+def test_registered_they_are_the_ops_kernels_on_cuda(before: str, printed: str) -> None:
+    done = subprocess.run([sys.executable, "-c", REGISTER.format(before=before)], capture_output=True, text=True, check=True)
+    *refused, registered = done.stdout.splitlines()
+    assert set(registered.split()) == {str(not refused)}
+    assert done.stdout.startswith(printed)
 
 
 @pytest.mark.parametrize(
@@ -323,31 +370,16 @@ def test_the_default_config_fills_the_gpu_without_cutting_short_prefixes() -> No
 
 # --- compilation ----------------------------------------------------------------------------------------------------------------
 
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes that a program may take, by capability."""
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256), (16, 16)]
-TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
 EVERYTHING = {"window": 512, "softcap": 30.0, "sinks": True, "skip": 2}
 ROWS = [1, 8, 16, 2048]
 """Rows of one sequence: with four heads a group they take each BLOCK_M that there is."""
 
 
-class Launches:
-    """Stands for a kernel and notes what it is launched with."""
-
-    def __init__(self, kernel: Any, into: list[tuple[Any, dict[str, Any]]]) -> None:
-        self.kernel, self.into = kernel, into
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        assert all(type(n) is int for n in grid)
-        names = [p.name for p in self.kernel.params]
-        return lambda *positional, **named: self.into.append((self.kernel, {**dict(zip(names, positional, strict=False)), **named}))
-
-
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, dict[str, Any]]]]:
+def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     """Runs the launcher on tensors without data, as on a GPU of that capability, and returns its (kernel, arguments)."""
-    noted: list[tuple[Any, dict[str, Any]]] = []
+    noted: list[Launch] = []
     for name in ("_move", "_attend", "_merge"):
         monkeypatch.setattr(triton_attention, name, Launches(getattr(triton_attention, name), noted))
     monkeypatch.setattr(triton_attention, "require", lambda kernel, on: None)
@@ -355,8 +387,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
     def run(
         capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, mask: bool = True, page_size: int = 64,
         window: int = 0, softcap: float = 0.0, sinks: bool = False, skip: int = 0, share: int = 4, config: Config | None = None,
-    ) -> list[tuple[Any, dict[str, Any]]]:  # fmt: skip
-        monkeypatch.setattr(triton_attention, "_device", lambda device: {"capability": capability, "processors": 132})
+    ) -> list[Launch]:  # fmt: skip
+        monkeypatch.setattr(triton_attention, "device_properties", lambda device: {"capability": capability, "processors": 132})
         noted.clear()
         new = functools.partial(torch.empty, device="meta")
         integers = functools.partial(new, dtype=torch.int32)
@@ -372,55 +404,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, d
     return run
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """shared, spills: in bytes."""
-
-    shared: int
-    registers: int
-    spills: int
-    ptx: str
-
-
-def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> Compiled:
-    """The specialisation that this launch would compile."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    signature, constants, attributes = {}, {}, {}
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
-    for at, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if isinstance(value, Tensor):
-            signature[parameter.name] = TYPES[value.dtype]
-        elif parameter.is_constexpr or value is None or (value == 1 and type(value) is int):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, Tensor) or (signature[parameter.name] == "i32" and value % 16 == 0):
-            attributes[at,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = binary.asm["ptx"]
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE).group(1)
-    if not ptxas.exists():
-        pytest.skip(f"this build of Triton has no {ptxas}")
-    command = [str(ptxas), "-v", "--gpu-name", architecture, "-o", os.devnull, "/dev/stdin"]
-    report = subprocess.run(command, input=ptx, capture_output=True, text=True, check=True).stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report))
-    return Compiled(binary.metadata.shared, int(re.search(r"Used (\d+) registers", report).group(1)), spills, ptx)
-
-
-def assert_compiles(launched: list[tuple[Any, dict[str, Any]]], capability: int) -> None:
-    for kernel, arguments in launched:
-        code = compile_launch(kernel, arguments, capability)
-        print(f"sm_{capability} {kernel.__name__} {code.registers} registers, {code.spills} bytes spilled, {code.shared} bytes shared")
-        assert code.shared <= SHARED_MEMORY[capability]
-        # ptxas spills a few bytes of its own accord to fit one more program on a processor: then registers are not at their limit.
-        assert code.spills <= (32 if code.registers < 255 else 0), f"{code.spills} bytes spilled with {code.registers} registers"
-
-
 def all_defaults() -> Iterator[tuple[int, tuple[int, int], torch.dtype, int, dict[str, Any]]]:
     """Left out: extras one by one, group sizes and page sizes other than these, and most of float16, whose code is bfloat16's."""
     extras = [{}, {"page_size": 16, "share": 7, **EVERYTHING}]
@@ -434,8 +417,10 @@ def all_defaults() -> Iterator[tuple[int, tuple[int, int], torch.dtype, int, dic
 THINNED = [
     (80, (64, 64), torch.bfloat16, 2048, {"mask": False}),
     (80, (128, 128), torch.bfloat16, 1, {}),
+    (80, (128, 128), torch.bfloat16, 2048, {}),
     (80, (128, 128), torch.float16, 16, EVERYTHING),
     (80, (80, 80), torch.bfloat16, 2048, {"page_size": 16}),
+    (80, (96, 96), torch.bfloat16, 8, {}),
     (80, (256, 256), torch.bfloat16, 16, {}),
     (80, (128, 128), torch.float32, 8, {}),
     (90, (128, 128), torch.bfloat16, 1, EVERYTHING),
@@ -482,6 +467,22 @@ def test_candidates_compile_within_their_bound_of_shared_memory(
     assert chosen in CONFIGS
     launched = [x for x in launches(capability, dims, dtype, 16, config=chosen) if x[0].__name__ == "_attend"]
     assert compile_launch(*launched[0], capability).shared <= chosen.shared_memory(*dims, dtype) <= SHARED_MEMORY[capability]
+
+
+@compiled
+@pytest.mark.parametrize(("capability", "dims"), [(80, (128, 128)), (90, (192, 128)), (90, (80, 80))])
+def test_the_append_by_itself_compiles(capability: int, dims: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    noted: list[Launch] = []
+    for name in ("_move", "_append"):
+        monkeypatch.setattr(triton_attention, name, Launches(getattr(triton_attention, name), noted))
+    monkeypatch.setattr(triton_attention, "require", lambda kernel, on: None)
+    new = functools.partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    integers = functools.partial(new, dtype=torch.int32)
+    k, v = (new(48, 8, width) for width in dims)
+    pools = (new(128, 64, 8, width) for width in dims)
+    tree_append_triton(k, v, integers(3, 64), integers(3), integers(4), new(2, 16, dtype=torch.int64), *pools)
+    assert [kernel.__name__ for kernel, _ in noted] == ["_move", "_append"]
+    assert_compiles(noted, capability)
 
 
 @compiled
