@@ -79,7 +79,8 @@ def attend_rows(
     q, k, v, tree_mask, table, k_pages, v_pages, sinks, scale, cap, window, skip,
     first_query, row0, rows, length, row, at_row, head, live, group, split, q_t, q_h, k_t, k_h, v_t, v_h,
     GROUPS: tl.constexpr, SHARE: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr, WIDE: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Attention of a block's queries over part `split` of the prefix, the last one with the new rows: float32 ``[BLOCK_M, BLOCK_DV]``,

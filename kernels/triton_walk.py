@@ -1,4 +1,5 @@
-"""`specfx::greedy_walk`, `specfx::tree_positions` and `specfx::tree_parents` in Triton; the specifications are in `greedy_walk.py` and `tree_attention.py`.
+"""`specfx::greedy_walk`, `specfx::tree_positions` and `specfx::tree_parents` in Triton; the specifications are in `greedy_walk.py` and
+`tree_attention.py`.
 
 One program a sequence, and nothing read back to the host. A tree is at most 64 rows, so a program has all of it in registers and walks
 it step by step; in a causal run it looks for the first token that was not chosen.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import specfx
@@ -62,7 +63,6 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
 
         inductor_attention.register()
     from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -205,10 +205,12 @@ def test_elsewhere_the_op_stays_one_call(case: str, gpu: Gpu) -> None:
 def test_the_lowering_is_registered_where_a_graph_for_cuda_is_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(inductor_attention, "register", lambda: calls.append("registered"))
-    monkeypatch.setattr(_compat, "compile_fx", lambda module, examples: calls.append("compiled"))
-    with FakeTensorMode():
+    monkeypatch.setattr(_compat, "compile_fx_inner", lambda module, examples: calls.append("compiled"))
+    with FakeTensorMode(shape_env=ShapeEnv()):
         example = torch.empty(3, device=device)
-    _compat.inductor_compile(fx.GraphModule({}, fx.Graph()), [4, example], {})
+    graph = fx.Graph()
+    graph.output((graph.placeholder("x"),))
+    _compat.inductor_compile(fx.GraphModule({}, graph), [example], {})
     assert calls == (["registered"] if device == "cuda" else []) + ["compiled"]
 
 
