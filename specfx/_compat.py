@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
@@ -56,6 +57,18 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     with torch.no_grad(), config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options}):
         compiled: Any = compile_fx(module, list(example_inputs))
     return compiled
+
+
+def has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
+    """Whether `op` has a kernel of its own for `device`, beside its reference for all (`_dispatch_has_kernel_for_dispatch_key`)."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.type.upper()))
+
+
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Tell torch's allocator that a failed capture into `pool` is over: ``capture_end`` raises before it does (read in 2.11)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # raised where it was told already
+        torch._C._cuda_endAllocateToPool(index, pool)
 
 
 def weight_conversions() -> tuple[Any, Any, Any, Any] | None:
