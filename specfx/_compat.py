@@ -71,6 +71,14 @@ def end_failed_capture(device: torch.device, pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(index, pool)
 
 
+def run_and_get_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """What `call` returns, and the sources that Inductor made meanwhile (read in 2.11 and 2.13)."""
+    from torch._inductor.utils import run_and_get_code
+
+    result, codes = run_and_get_code(call, *args, **kwargs)
+    return result, list(codes)
+
+
 def weight_conversions() -> tuple[Any, Any, Any, Any] | None:
     """transformers' renaming and fusing of weights on loading: ``(get_model_conversion_mapping, WeightConverter, WeightRenaming,
     rename_source_key)``; None where it has none. Read in 5.17 and 5.23."""
