@@ -515,6 +515,7 @@ class FakeCuda:
     """`torch.cuda`, as far as `CudaRecorder` uses it; what it is asked to do is noted. `graph` takes what the real one takes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+        cuda_graphs._recording_stream.cache_clear()
         self.log: list[str] = []
         self.fails = fails
         real = inspect.signature(torch.cuda.graph.__init__)
@@ -582,6 +583,7 @@ def test_packed_tensors_come_out_as_they_went_in_and_are_aligned(shapes: list[tu
     tensors = [torch.randint(0, 2, size).to(dtype).t() if len(size) == 2 else torch.randint(0, 2, size).to(dtype) for dtype, size in shapes]
     buffer = transfer.pack(tensors)
     found = transfer.views(buffer, tensors)
+    assert buffer.numel() <= sum(x.numel() * x.element_size() + transfer.ALIGNMENT for x in tensors)
     for x, y in zip(tensors, found, strict=True):
         assert x.dtype == y.dtype
         assert x.equal(y)

@@ -184,7 +184,7 @@ class Replayed:
         self._recordings: OrderedDict[Sizes, _Recording] = OrderedDict()
         self._pools: tuple[tuple[int, int], ...] = ()
         self._given_up = False
-        self.latest: Callable[[], None] | None = None  # the last replay again, for benchmarks
+        self._packed: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         given = dict(zip(self._names, inputs, strict=True))
@@ -195,13 +195,18 @@ class Replayed:
         pools = [x for name, x in given.items() if name not in changing]
         if (recording := self._recording(sizes, pools)) is None:
             return self._direct(*inputs)
-        recording.inputs.copy_(transfer.pack(list(padded(changing, sizes, self._scratch()).values())), non_blocking=True)
+        self._packed = transfer.pack(list(padded(changing, sizes, self._scratch()).values()))  # kept: the copy may outlast this call
+        recording.inputs.copy_(self._packed, non_blocking=True)
         recording.replay()
-        self.latest = recording.replay
         sequences, rows = given["lengths"].shape[0], given["input_ids"].shape[1]
         reads = given["logit_rows"].shape[0] if "logit_rows" in given else rows
         logits, hidden, *rest = recording.outputs
         return (logits[:, :reads], hidden[:, :rows], *[x[:reads] for x in rest[:1]], *[x[:sequences] for x in rest[1:]])
+
+    @property
+    def latest(self) -> Callable[[], None] | None:
+        """The last replay once more, on the same inputs (for benchmarks); None if there is none."""
+        return next(reversed(self._recordings.values())).replay if self._recordings else None
 
     def _sizes(self, given: dict[str, Tensor]) -> Sizes | None:
         """None for a forward that is not replayed."""
@@ -251,12 +256,18 @@ def not_recorded(detail: str) -> Refusal:
     return refusal
 
 
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps a workspace for each stream that it was used on."""
+    return torch.cuda.Stream(device)
+
+
 class CudaRecorder:
     """The `Recorder` of a CUDA device: `torch.cuda.CUDAGraph`s that share a memory pool, captured on a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _recording_stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Sequence[Tensor]]) -> tuple[Callable[[], None], Sequence[Tensor]]:

@@ -15,27 +15,27 @@ from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes. Triton and Inductor make slower code for pointers that are less aligned, or copy the tensor first."""
+_WIDEST = 8
+"""Bytes of the widest dtype: all that a view on the host needs, and what int64 tensors keep to without padding."""
 
-_padding = torch.zeros(ALIGNMENT, dtype=torch.uint8)
 
-
-def pack(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of `tensors`, all on one device, behind each other: uint8 ``[B]``."""
-    padding = _padding.to(tensors[0].device)
-    pieces = []
+def pack(tensors: Sequence[Tensor], alignment: int = ALIGNMENT) -> Tensor:
+    """The bytes of `tensors`, all on one device, behind each other, each at a multiple of `alignment`: uint8 ``[B]``."""
+    pieces: list[Tensor] = []
     for tensor in tensors:
+        if pieces and (odd := -pieces[-1].numel() % alignment):
+            pieces.append(pieces[-1].new_zeros(odd))
         pieces.append(tensor.contiguous().view(-1).view(torch.uint8))
-        pieces.append(padding[: -pieces[-1].numel() % ALIGNMENT])
     return torch.cat(pieces)
 
 
-def views(buffer: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+def views(buffer: Tensor, like: Sequence[Tensor], alignment: int = ALIGNMENT) -> list[Tensor]:
     """The tensors in a buffer that `pack` made of tensors with the shapes and dtypes of `like`."""
     found, at = [], 0
     for tensor in like:
         size = tensor.numel() * tensor.element_size()
         found.append(buffer[at : at + size].view(tensor.dtype).view(tensor.shape))
-        at += size + -size % ALIGNMENT
+        at += size + -size % alignment
     return found
 
 
@@ -43,14 +43,14 @@ def to_device(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Host tensors on `device`, by one copy; as they are if that is the CPU."""
     if device.type == "cpu" or not tensors:
         return list(tensors)
-    return views(pack(tensors).to(device, non_blocking=True), tensors)
+    return views(pack(tensors).to(device), tensors)
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of one device on the host, by one copy, which waits for them; as they are if that is the CPU."""
     if not tensors or tensors[0].device.type == "cpu":
         return list(tensors)
-    return views(pack(tensors).cpu(), tensors)
+    return views(pack(tensors, _WIDEST).cpu(), tensors, _WIDEST)
 
 
 def uploading(call: Callable[..., Sequence[Tensor]], device: torch.device) -> Callable[..., Sequence[Tensor]]:
