@@ -515,7 +515,7 @@ class FakeCuda:
     """`torch.cuda`, as far as `CudaRecorder` uses it; what it is asked to do is noted. `graph` takes what the real one takes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
-        cuda_graphs._recording_stream.cache_clear()
+        monkeypatch.setattr(cuda_graphs, "_recording_stream", cuda_graphs._recording_stream.__wrapped__)
         self.log: list[str] = []
         self.fails = fails
         real = inspect.signature(torch.cuda.graph.__init__)

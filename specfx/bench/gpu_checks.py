@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import tempfile
@@ -69,10 +70,11 @@ def attention_shapes(settings: Settings) -> list[Shape]:
         widths, dtypes, mixes = widths[:2], dtypes[::2], mixes[:3]
     if settings.device == "cpu":  # whose reference takes its time
         widths, mixes = [(64, 64), (24, 16)], [((70, 0, 33), (8, 3, 64)), ((5,), (70,))]
-    turns = [itertools.cycle(x) for x in (heads, pages, windows, softcaps, [False, False, False, True])]
+    choices: list[list[Any]] = [heads, pages, windows, softcaps, [False, False, False, True]]
+    turns = zip(*[itertools.cycle(each) for each in choices], strict=True)
     shapes = []
     for (dk, dv), dtype, (lengths, rows) in itertools.product(widths, dtypes, mixes):
-        (groups, share), page_size, window, softcap, sinks = (next(turn) for turn in turns)
+        (groups, share), page_size, window, softcap, sinks = next(turns)
         shapes.append(Shape(lengths, rows, groups, share, dk, dv, page_size, window, softcap, sinks, dtype))
     return shapes
 
@@ -85,7 +87,7 @@ def kernels(settings: Settings) -> Iterator[Row]:
         batch = make(shape, device, seed=i, moves=i % 4)
         yield compare_attention(f"tree_attention_: {shape}", batch, tree_attention_)
         if i % 5 == 0:
-            without = Batch(shape, batch.tensors | {"tree_mask": None}, batch.constants)  # type: ignore[dict-item]
+            without = Batch(shape, batch.tensors | {"tree_mask": None}, batch.constants)
             yield compare_attention(f"tree_attention_, causal: {shape}", without, tree_attention_)
     yield from walks(settings, device)
     yield from samples(settings, device)
@@ -119,10 +121,10 @@ def walks(settings: Settings, device: torch.device) -> Iterator[Row]:
         ids = torch.randint(3, (1, sum(rows)), generator=generator).to(device)
         chosen = torch.randint(3, (sum(rows),), generator=generator).to(device)  # three tokens: every third child is right
         for masks, how in ((x["tree_mask"], "trees"), (None, "chains")):
-            place = [x[name] for name in ("lengths", "row_starts")]
-            same = torch.equal(tree_positions(masks, *place, ids), tree_positions_reference(masks, *place, ids))
+            lengths_, starts = x["lengths"], x["row_starts"]
+            same = torch.equal(tree_positions(masks, lengths_, starts, ids), tree_positions_reference(masks, lengths_, starts, ids))
             yield Row(f"tree_positions, {how}, {sequences} sequences, {sum(rows)} rows", same)
-            arguments = (ids, chosen, masks, x["page_table"], *place, shape.page_size)
+            arguments: Any = (ids, chosen, masks, x["page_table"], lengths_, starts, shape.page_size)
             pairs = zip(greedy_walk(*arguments), greedy_walk_reference(*arguments), strict=True)
             same = all(torch.equal(a, b) for a, b in pairs)
             yield Row(f"greedy_walk, {how}, {sequences} sequences, {sum(rows)} rows", same)
@@ -242,20 +244,10 @@ def equality(settings: Settings) -> Iterator[Row]:
                 for size in (1, 4):
                     outputs = equal.outputs_of(model, arm, prompts, size, new_tokens, 0, end_tokens)
                     explanation, served = specfx.explain(model), engine_of(model)
-                    found = [
-                        equal.analyse(
-                            prompt,
-                            expected,
-                            output,
-                            method=arm.name,
-                            engine=engine,
-                            batch_size=size,
-                            logits_of=lambda prefix: equal.stock_logits(model, prefix),
-                            error_of=lambda prefix, served=served: equal.measured_error(model, served, prefix),
-                            dtype="float32",
-                        )
-                        for prompt, expected, output in zip(prompts, stock[size], outputs, strict=True)
-                    ]
+                    error_of = functools.partial(equal.measured_error, model, served)
+                    how: dict[str, Any] = {"method": arm.name, "engine": engine, "batch_size": size, "dtype": "float32"}
+                    how |= {"logits_of": functools.partial(equal.stock_logits, model), "error_of": error_of}
+                    found = [equal.analyse(*triple, **how) for triple in zip(prompts, stock[size], outputs, strict=True)]
                     differences = [d for d in found if d is not None]
                     refused = [r for r in explanation.refusals if device.type == "cuda" and engine != "eager"]
                     right = explanation.engine == engine and not explanation.stock_calls and all(d.explained for d in differences)

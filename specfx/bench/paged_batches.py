@@ -50,10 +50,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Arguments of a call. tensors: by the op's names, the pools too. constants: scale, window, softcap, sinks."""
+    """Arguments of a call. tensors: by the op's names, the pools too; the mask may be None. constants: scale, window, softcap, sinks."""
 
     shape: Shape
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Any]
     constants: dict[str, Any]
 
     @property
@@ -97,13 +97,13 @@ def make(shape: Shape, device: torch.device, seed: int = 0, free: float = float(
         "k_pages": torch.full((pages, size, shape.groups, shape.dk), free, dtype=shape.dtype, device=device),
         "v_pages": torch.full((pages, size, shape.groups, shape.dv), free, dtype=shape.dtype, device=device),
     }
-    slots = []
+    slots: list[list[int]] = []
     for s, length in enumerate(shape.lengths):
         position = torch.arange(length)
-        own = table[s].long()[position // size] * size + position % size
-        slots.append(own.tolist())
+        place = table[s].long()[position // size] * size + position % size
+        slots.append(place.tolist())
         for pool in pools.values():
-            pool.flatten(0, 1)[own.to(device)] = normal(length, *pool.shape[2:])
+            pool.flatten(0, 1)[place.to(device)] = normal(length, *pool.shape[2:])
     total = sum(shape.rows)
     masks = [w for rows in shape.rows for w in (tree_masks(pick, rows) if rows <= MAX_ROWS else [0] * rows)]
     pairs = [(-1, -1)]

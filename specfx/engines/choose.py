@@ -143,15 +143,12 @@ class Ladder:
         assert self.module is not None
         assert self._prove is not None
         context = PassContext(options.page_size, packs)
-        with transfer.on_device(stock.device):  # of a thread, the current device is the first one
-            self._compile_there(context, options, stock, draft_rows)
-
-    def _compile_there(self, context: PassContext, options: CommonOptions, stock: PreTrainedModel, draft_rows: int) -> None:
         try:
             packed_at = Fingerprint.of(stock)
-            with _timed(self.seconds, "compile"):
+            # (In a thread of its own, the current GPU is the first one.)
+            with _timed(self.seconds, "compile"), transfer.on_device(stock.device):
                 compiled = CompiledEngine(self.module, context, options.disable_passes, "auto", stock.device, draft_rows)
-            with _timed(self.seconds, "first use"):
+            with _timed(self.seconds, "first use"), transfer.on_device(stock.device):
                 while True:  # once, but again if the weights change meanwhile
                     if (now := Fingerprint.of(stock)) != packed_at:
                         compiled.refresh()
