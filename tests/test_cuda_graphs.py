@@ -27,7 +27,7 @@ from specfx.capture import capture
 from specfx.engines import cuda_graphs, transfer
 from specfx.engines.base import Rows
 from specfx.engines.choose import Ladder, Prepared
-from specfx.engines.cuda_graphs import CudaRecorder, Sizes, dummy_rows, padded, replay, sizes_for
+from specfx.engines.cuda_graphs import CudaRecorder, Sizes, dummy_rows, fill, inputs_like, replay, sizes_for
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import LoweringError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels
@@ -120,6 +120,14 @@ def test_batches_are_rounded_up() -> None:
 # --- padded inputs --------------------------------------------------------------------------------------------------------------
 
 
+def padded(given: dict[str, Tensor], sizes: Sizes, scratch: Sequence[int]) -> dict[str, Tensor]:
+    """Filled into arrays that hold something else before."""
+    out = {name: x.fill_(0x5A5A5A5A) for name, x in inputs_like(sizes, list(given)).items()}
+    fill({name: x.numpy() for name, x in out.items()}, {name: x.numpy() for name, x in given.items()}, scratch)
+    assert {name: x.dtype for name, x in out.items()} == {name: x.dtype for name, x in given.items()}
+    return out
+
+
 def a_tree(tokens: Sequence[int], parents: Sequence[int]) -> DraftTree:
     return DraftTree(tuple(tokens), tuple(parents), (1.0,) * len(tokens))
 
@@ -141,7 +149,6 @@ def test_padding_stands_behind_what_is_live_and_names_scratch_pages_alone() -> N
     assert sorted(out["logit_rows"].tolist()) == list(range(16))
     assert out["moves"].shape == (2, 32)
     assert out["moves"].eq(-1).all()
-    assert all(out[name].dtype == x.dtype for name, x in given.items())
     assert not set(out["input_ids"][0, 7:].tolist()) & set(out["next_ids"][7:].tolist())
 
 
@@ -430,14 +437,13 @@ def test_an_engine_is_proven_again_with_its_replays(pool: Any) -> None:
 
 def test_replays_that_are_wrong_never_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, ladder = prepared()
-    real = cuda_graphs.padded
+    real = cuda_graphs.fill
 
-    def wrong(inputs: dict[str, Tensor], sizes: Sizes, scratch: Sequence[int]) -> dict[str, Tensor]:
-        out = real(inputs, sizes, scratch)
+    def wrong(out: Any, given: Any, scratch: Sequence[int]) -> None:
+        real(out, given, scratch)
         out["tree_mask"][:] = -1
-        return out
 
-    monkeypatch.setattr(cuda_graphs, "padded", wrong)
+    monkeypatch.setattr(cuda_graphs, "fill", wrong)
     ladder.replay(lambda: model, Recorded)
     (refusal,) = ladder.refusals
     assert refusal.reason is Reason.NOT_RECORDED

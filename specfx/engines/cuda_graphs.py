@@ -29,9 +29,12 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -53,11 +56,13 @@ MOST_GRAPHS = 64
 """Recordings that an engine keeps; the least recently used is dropped."""
 WARM_UPS = 2
 _LEAST_MOVES = 32
-_DUMMY_NEXT = 1
-"""The token behind each dummy row, which is none that they hold (0): a walk of theirs ends at once."""
+_TAILS = {"input_ids": 0, "position_ids": 0, "lengths": 0, "moves": -1, NEXT_IDS: 1}
+"""What stands behind the live values. The token behind each dummy row (1) is none that they hold (0): a walk of theirs ends at once."""
 _KNOWN_INPUTS = {"input_ids", "position_ids", "page_table", "lengths", "row_starts", "moves", "tree_mask", "logit_rows", NEXT_IDS}
 _READS_BACK = (tree_attention_, tree_positions, greedy_walk)
 """Ops whose references read tensors on the host, which a recording can't."""
+
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 Recorder = Callable[[Callable[[], Sequence[Tensor]]], tuple[Callable[[], None], Sequence[Tensor]]]
 """Takes a function without arguments; returns one that does the same work again, on the same memory, and the outputs."""
@@ -100,61 +105,60 @@ def _as_int64(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-_STAR = [_as_int64(1 | 1 << row) for row in range(MAX_ROWS)]
+_STAR = np.array([_as_int64(1 | 1 << row) for row in range(MAX_ROWS)])
 """Masks of a tree of depth one: no dummy row stands further than position 1, whatever positions the model knows."""
 
 
-def padded(inputs: dict[str, Tensor], sizes: Sizes, scratch: Sequence[int]) -> dict[str, Tensor]:
-    """Inputs of `PagedEngine.bind` (without pools; some may be missing) with dummy sequences to fill `sizes`; all on the host."""
-    sequences, total = inputs["lengths"].shape[0], int(inputs["row_starts"][-1])
-    counts = dummy_rows(sizes.rows - total, sizes.sequences - sequences) if sizes.sequences > sequences else []
-    missing = sum(counts)
-    ends, masks = [], []
-    for count in counts:
-        total += count
-        ends.append(total)
-        masks += _STAR[:count]
+def fill(out: Arrays, given: Arrays, scratch: Sequence[int]) -> None:
+    """Write the inputs of `PagedEngine.bind` (all but the pools) into `out`, arrays of one recording's sizes, and dummies behind them."""
+    ends = given["row_starts"]
+    sequences, rows = len(ends) - 1, int(ends[-1])
+    dummies = len(out["lengths"]) - sequences
+    counts = dummy_rows(out["input_ids"].shape[1] - rows, dummies) if dummies else []
+    for name, x in given.items():
+        to = out[name]
+        if name in _TAILS:
+            to[..., : x.shape[-1]] = x
+            to[..., x.shape[-1] :] = _TAILS[name]
+        elif name == "row_starts":
+            to[: sequences + 1] = x
+            to[sequences + 1 :] = rows + np.cumsum(counts, dtype=to.dtype)
+        elif name == "tree_mask":
+            to[:rows] = x
+            at = rows
+            for count in counts:
+                to[at : at + count] = _STAR[:count]
+                at += count
+        elif name == "page_table":
+            to[:sequences, : x.shape[1]] = x
+            to[:sequences, x.shape[1] :] = 0
+            to[sequences:] = scratch[0]
+            to[sequences:, : len(scratch)] = scratch
+        else:
+            assert name == "logit_rows"
+            to[: len(x)] = x
+            others = np.ones(len(to), dtype=bool)
+            others[x] = False
+            to[len(x) :] = np.flatnonzero(others)
 
-    def with_tail(x: Tensor, values: list[int]) -> Tensor:
-        return torch.cat([x, torch.tensor(values, dtype=x.dtype)]) if values else x
 
-    def reads(x: Tensor) -> Tensor:
-        others = torch.ones(sizes.rows, dtype=torch.bool)
-        others[x] = False
-        return torch.cat([x, others.nonzero()[:, 0]])
-
-    def table(x: Tensor) -> Tensor:
-        out = torch.zeros(sizes.sequences, sizes.columns, dtype=x.dtype)
-        out[:sequences, : x.shape[1]] = x
-        out[sequences:] = scratch[0]
-        out[sequences:, : len(scratch)] = torch.tensor(list(scratch), dtype=x.dtype)
-        return out
-
-    make: dict[str, Callable[[Tensor], Tensor]] = {
-        "input_ids": lambda x: with_tail(x[0], [0] * missing)[None],
-        "position_ids": lambda x: with_tail(x[0], [0] * missing)[None],
-        "page_table": table,
-        "lengths": lambda x: with_tail(x, [0] * len(counts)),
-        "row_starts": lambda x: with_tail(x, ends),
-        "moves": lambda x: torch.nn.functional.pad(x, (0, sizes.moves - x.shape[1]), value=-1),
-        "tree_mask": lambda x: with_tail(x, masks),
-        "logit_rows": reads,
-        NEXT_IDS: lambda x: with_tail(x, [_DUMMY_NEXT] * missing),
+def inputs_like(sizes: Sizes, names: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of these names and sizes; what they hold is not said."""
+    rows, sequences = sizes.rows, sizes.sequences
+    shapes = {
+        **{"input_ids": (1, rows), "position_ids": (1, rows), "page_table": (sequences, sizes.columns)},
+        **{"lengths": (sequences,), "row_starts": (sequences + 1,), "moves": (2, sizes.moves)},
     }
-    return {name: make[name](x) for name, x in inputs.items()}
-
-
-def no_rows(names: Sequence[str]) -> dict[str, Tensor]:
-    """The inputs called so of a batch without sequences: padded, it is dummies alone."""
-    shapes = {"input_ids": (1, 0), "position_ids": (1, 0), "page_table": (0, 0), "lengths": (0,), "row_starts": (1,), "moves": (2, 0)}
-    narrow = ("page_table", "lengths", "row_starts")
-    return {name: torch.zeros(shapes.get(name, (0,)), dtype=torch.int32 if name in narrow else torch.int64) for name in names}
+    dtypes = dict.fromkeys(("page_table", "lengths", "row_starts"), torch.int32)
+    return {name: torch.empty(shapes.get(name, (rows,)), dtype=dtypes.get(name, torch.int64), device="cpu") for name in names}
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """inputs: the static buffer that `transfer.pack` fills."""
+    """buffer: bytes of all inputs on the host; arrays: views of them. inputs: the static buffer on the device that it is copied to."""
 
+    buffer: Tensor
+    arrays: Arrays
     inputs: Tensor
     replay: Callable[[], None]
     outputs: tuple[Tensor, ...]
@@ -184,19 +188,17 @@ class Replayed:
         self._recordings: OrderedDict[Sizes, _Recording] = OrderedDict()
         self._pools: tuple[tuple[int, int], ...] = ()
         self._given_up = False
-        self._packed: Tensor | None = None
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         given = dict(zip(self._names, inputs, strict=True))
         sizes = None if self._given_up else self._sizes(given)
         if sizes is None:
             return self._direct(*inputs)
-        changing = {name: given[name] for name in self._changing}
-        pools = [x for name, x in given.items() if name not in changing]
+        pools = [x for name, x in given.items() if name not in _KNOWN_INPUTS]
         if (recording := self._recording(sizes, pools)) is None:
             return self._direct(*inputs)
-        self._packed = transfer.pack(list(padded(changing, sizes, self._scratch()).values()))  # kept: the copy may outlast this call
-        recording.inputs.copy_(self._packed, non_blocking=True)
+        fill(recording.arrays, {name: given[name].numpy() for name in self._changing}, self._scratch())
+        recording.inputs.copy_(recording.buffer, non_blocking=True)  # done before the forward has returned, which waits for its tokens
         recording.replay()
         sequences, rows = given["lengths"].shape[0], given["input_ids"].shape[1]
         reads = given["logit_rows"].shape[0] if "logit_rows" in given else rows
@@ -210,10 +212,10 @@ class Replayed:
 
     def _sizes(self, given: dict[str, Tensor]) -> Sizes | None:
         """None for a forward that is not replayed."""
-        starts, columns = given["row_starts"], given["page_table"].shape[1]
-        if int(starts.diff().max()) > MAX_ROWS:
+        starts, columns = given["row_starts"].numpy(), given["page_table"].shape[1]
+        if np.diff(starts).max() > MAX_ROWS:
             return None
-        sizes = sizes_for(int(starts[-1]), starts.shape[0] - 1, columns, given["moves"].shape[1], len(self._scratch()))
+        sizes = sizes_for(int(starts[-1]), len(starts) - 1, columns, given["moves"].shape[1], len(self._scratch()))
         return sizes if sizes.rows <= MOST_ROWS else None
 
     def _recording(self, sizes: Sizes, pools: Sequence[Tensor]) -> _Recording | None:
@@ -240,12 +242,20 @@ class Replayed:
     def _new(self, sizes: Sizes, pools: Sequence[Tensor]) -> _Recording:
         if self._record is None:
             self._record = self._new_recorder()
-        dummies = list(padded(no_rows(self._changing), sizes, self._scratch()).values())
-        buffer = transfer.pack(dummies).to(self._device, copy=True)
-        static, others = iter(transfer.views(buffer, dummies)), iter(pools)
-        inputs = [next(static) if name in _KNOWN_INPUTS else next(others) for name in self._names]
+        like = inputs_like(sizes, self._changing)
+        buffer = transfer.pack(list(like.values()))
+        arrays = {name: x.numpy() for name, x in zip(like, transfer.views(buffer, list(like.values())), strict=True)}
+        fill(arrays, {name: x.numpy() for name, x in _nothing(self._changing).items()}, self._scratch())
+        static = buffer.to(self._device, copy=True)
+        changing, others = iter(transfer.views(static, list(like.values()))), iter(pools)
+        inputs = [next(changing) if name in _KNOWN_INPUTS else next(others) for name in self._names]
         replay, outputs = self._record(lambda: self._call(*inputs))
-        return _Recording(buffer, replay, tuple(outputs))
+        return _Recording(buffer, arrays, static, replay, tuple(outputs))
+
+
+def _nothing(names: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of a batch without sequences; filled up, it is dummies alone."""
+    return {name: torch.zeros_like(x) for name, x in inputs_like(Sizes(0, 0, 0, 0), names).items()}
 
 
 def not_recorded(detail: str) -> Refusal:
