@@ -144,7 +144,11 @@ def test_compiled_checks_compare_what_inductor_made(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr("specfx._compat.run_and_get_code", lambda call, **arguments: (call(**arguments), ["triton_tem_fused"]))
     rows = list(gpu_checks.compiled(ON_CPU))
-    assert [(row.ok, row.figures["template"]) for row in rows] == [(True, True)] * 2
+    assert [(row.ok, row.figures["through"]) for row in rows] == [(True, "template")] * 4
+    monkeypatch.setattr("specfx._compat.run_and_get_code", lambda call, **arguments: (call(**arguments), ["specfx.tree_attention_"]))
+    monkeypatch.setattr(gpu_checks, "register_lowering", lambda: True)
+    rows = list(gpu_checks.compiled(ON_CPU))
+    assert [(row.ok, row.figures["through"]) for row in rows] == [(True, "a call"), (False, "a call")] * 2
 
 
 def test_replays_are_checked_step_by_step(kernels: cpu_build.CpuKernels) -> None:
