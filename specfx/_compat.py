@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> t
     size = environment.create_symintnode(symbol, hint=hint, source=source)
     assert isinstance(size, torch.SymInt)
     return size
+
+
+def symbolic_shapes() -> AbstractContextManager[Any]:
+    """A block in which ops on fake tensors compute symbolic sizes also where their C++ asks for numbers, as `torch.export` does it
+    (`enable_python_dispatcher`; `aten.matmul` needs it in 2.11, not in 2.13)."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    manager: AbstractContextManager[Any] = enable_python_dispatcher()
+    return manager
 
 
 def _sources_hash() -> str:
