@@ -543,13 +543,18 @@ class FakeCuda:
         def graph(*args: Any, **kwargs: Any) -> Iterator[None]:
             bound = real.bind(None, *args, **kwargs).arguments
             self.log.append(f"capture {bound['capture_error_mode']} {bound['pool']}")
-            yield
+            try:
+                yield
+            finally:
+                if self.fails:
+                    raise RuntimeError("the capture is not valid")
             self.log.append("captured")
 
         class Graph:
             replay = lambda graph: self.log.append("replay")  # noqa: E731
 
         fakes = {"Stream": Stream, "stream": stream, "graph": graph, "CUDAGraph": Graph, "synchronize": lambda device: None}
+        fakes |= {"set_stream": lambda stream: self.log.append("stream put back")}
         fakes |= {"graph_pool_handle": lambda: "pool", "current_stream": lambda device: Stream()}
         for name, fake in fakes.items():
             monkeypatch.setattr(torch.cuda, name, fake)
@@ -570,11 +575,12 @@ def test_a_recording_warms_up_on_a_side_stream_and_captures_once(monkeypatch: py
     assert fake.log == [*warm, "capture thread_local pool", "run", "captured", "replay"]
 
 
-def test_a_failed_capture_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_capture_is_ended_its_stream_put_back_and_its_first_cause_told(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda(monkeypatch, fails=True)
-    with pytest.raises(RuntimeError, match="a sync while capturing"):
+    with pytest.raises(RuntimeError, match="not valid") as raised:
         CudaRecorder(torch.device("cuda"))(fake.run)
-    assert fake.log[-2:] == ["run", "ended pool"]
+    assert fake.log[-3:] == ["run", "stream put back", "ended pool"]
+    assert cuda_graphs._causes(raised.value) == "RuntimeError: a sync while capturing; then RuntimeError: the capture is not valid"
 
 
 # --- transfer -------------------------------------------------------------------------------------------------------------------

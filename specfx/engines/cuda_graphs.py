@@ -232,7 +232,7 @@ class Replayed:
         except Exception as e:  # whatever it is, the call itself still serves
             self._recordings.clear()
             self._record, self._given_up = None, True
-            self._refuse(not_recorded(f"recording {sizes} failed: {type(e).__name__}: {' '.join(str(e).split())[:400]}"))
+            self._refuse(not_recorded(f"recording {sizes} failed: {_causes(e)}"))
             return None
         while len(self._recordings) >= MOST_GRAPHS:
             self._recordings.popitem(last=False)
@@ -256,6 +256,15 @@ class Replayed:
 def _nothing(names: Sequence[str]) -> dict[str, Tensor]:
     """Inputs of a batch without sequences; filled up, it is dummies alone."""
     return {name: torch.zeros_like(x) for name, x in inputs_like(Sizes(0, 0, 0, 0), names).items()}
+
+
+def _causes(error: BaseException | None) -> str:
+    """`error` and what it was raised in the wake of, the first cause first: a capture that is ended after a failure fails as well."""
+    found: list[str] = []
+    while error is not None:
+        found.insert(0, f"{type(error).__name__}: {' '.join(str(error).split())[:400]}")
+        error = error.__cause__ or error.__context__
+    return "; then ".join(found)
 
 
 def not_recorded(detail: str) -> Refusal:
@@ -293,7 +302,8 @@ class CudaRecorder:
             # thread_local: another thread of the user's may allocate meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 outputs = run()
-        except BaseException:
+        except BaseException:  # ending an invalid capture raises again, before the stream is put back
+            torch.cuda.set_stream(current)
             _compat.end_failed_capture(self._device, self._pool)
             raise
         return graph.replay, outputs
