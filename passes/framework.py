@@ -144,8 +144,11 @@ def run_passes(module: fx.GraphModule, passes: Sequence[Pass], context: PassCont
 
 
 def _try(p: Pass, module: fx.GraphModule, context: PassContext) -> tuple[fx.GraphModule, int]:
+    from specfx._compat import symbolic_shapes
+
     trial = copy_module(module)
-    matches = p.run(trial, context)
+    with symbolic_shapes():
+        matches = p.run(trial, context)
     if matches < p.min_matches:
         raise NoMatch(f"{matches} matches, at least {p.min_matches} expected")
     trial.graph.eliminate_dead_code(is_impure_node=is_impure)

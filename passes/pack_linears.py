@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from specfx.errors import PassError
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear
-from specfx.passes.framework import Pass, PassContext, attribute, calls, insert_call, place_of
+from specfx.passes.framework import NoMatch, Pass, PassContext, attribute, calls, insert_call, place_of, placeholder
 
 aten = torch.ops.aten
 
@@ -57,6 +57,9 @@ def _packable(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def run(module: fx.GraphModule, context: PassContext) -> int:
+    ids = placeholder(module, "input_ids")
+    if ids is not None and (device := ids.meta["val"].device.type) != "cpu":
+        raise NoMatch(f"weights are packed for the CPU's tile unit; on {device} they are read as they lie")
     if not context.pack:
         raise PassError("no kernel for packed linears here (needs a CPU with AMX bf16 and a C++ compiler)")
     groups: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)

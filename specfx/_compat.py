@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -32,6 +33,35 @@ def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> t
     size = environment.create_symintnode(symbol, hint=hint, source=source)
     assert isinstance(size, torch.SymInt)
     return size
+
+
+def symbolic_shapes() -> contextlib.AbstractContextManager[Any]:
+    """A block in which ops on fake tensors compute symbolic sizes also where their C++ asks for numbers, as `torch.export` does it
+    (`enable_python_dispatcher`; `aten.matmul` needs it in 2.11, not in 2.13)."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    manager: contextlib.AbstractContextManager[Any] = enable_python_dispatcher()
+    return manager
+
+
+def has_kernel(op: torch._ops.OpOverload, device: torch.device) -> bool:
+    """Whether `op` has a kernel of its own for `device`, beside its reference for all (`_dispatch_has_kernel_for_dispatch_key`)."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(op.name(), device.type.upper()))
+
+
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Tell torch's allocator that a failed capture into `pool` is over: ``capture_end`` raises before it does (read in 2.11)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with contextlib.suppress(RuntimeError):  # raised where it was told already
+        torch._C._cuda_endAllocateToPool(index, pool)
+
+
+def run_and_get_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    """What `call` returns, and the sources that Inductor made meanwhile (read in 2.11 and 2.13)."""
+    from torch._inductor.utils import run_and_get_code
+
+    result, codes = run_and_get_code(call, *args, **kwargs)
+    return result, list(codes)
 
 
 def _sources_hash() -> str:

@@ -145,7 +145,7 @@ def _require_wrapper(model: PreTrainedModel) -> SpeculativeGenerate:
 
 
 def _same_engine(a: CommonOptions, b: CommonOptions) -> bool:
-    fields = ("engine", "compile", "kv_pool", "page_size", "disable_passes")
+    fields = ("engine", "compile", "kv_pool", "page_size", "disable_passes", "cuda_graphs")
     return all(getattr(a, f) == getattr(b, f) for f in fields)
 
 

@@ -71,9 +71,12 @@ class Fingerprint:
     def of(cls, model: nn.Module) -> Fingerprint:
         tensors = list(model.state_dict(keep_vars=True).values())
         storage = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors)
-        samples = torch.stack([_sample(t) for t in tensors]).tolist() if tensors else []
+        samples = [_sample(t) for t in tensors]
+        if len({s.device for s in samples}) > 1:
+            samples = [s.cpu() for s in samples]
+        sums = torch.stack(samples).tolist() if samples else []  # one copy from the device
         versions = [0 if t.is_inference() else t._version for t in tensors]
-        return cls(storage, tuple(zip(versions, samples, strict=True)))
+        return cls(storage, tuple(zip(versions, sums, strict=True)))
 
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -83,7 +86,7 @@ def _sample(tensor: Tensor) -> Tensor:
     """The sum of the bits of up to 64 numbers spread over `tensor`, int64 ``[]``."""
     flat = tensor.detach().reshape(-1)
     bits = flat[:: max(1, flat.numel() // 64)].view(_BITS[tensor.element_size()])
-    return bits.sum(dtype=torch.int64).cpu()
+    return bits.sum(dtype=torch.int64)
 
 
 def refuse_strange_attention(module: nn.Module, mask: Tensor | None, more: dict[str, Any]) -> None:

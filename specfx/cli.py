@@ -1,4 +1,5 @@
-"""The command line: `specfx demo`, `specfx export-nextn`, `specfx bench generate|equal|forward|replay|suffix` and `specfx train mtp`.
+"""The command line: `specfx demo`, `specfx export-nextn`, `specfx train mtp` and
+`specfx bench generate|equal|forward|kernels|replay|suffix`.
 
 Only argparse is loaded here; a command imports what it needs when it runs, so that `specfx --help` answers at once. An error that the
 user can mend is one line on stderr and exit code 2.
@@ -85,6 +86,17 @@ def parser() -> argparse.ArgumentParser:
     forward.add_argument("--context", type=_positive, default=256, help="tokens in the cache (default: %(default)s)")
     forward.add_argument("--rows", default="1,8,16,32", help="rows of the engine's forwards (default: %(default)s)")
     forward.add_argument("--repeats", type=_positive, default=30, help="default: %(default)s")
+
+    kernels = kinds.add_parser("kernels", help="the CPU's tree attention beside what Inductor makes of plain PyTorch; no model runs")
+    kernels.set_defaults(command="specfx.bench.kernels")
+    kernels.add_argument("--batches", default="1,8", help="sequences (default: %(default)s)")
+    kernels.add_argument("--contexts", default="256,1024,4096", help="tokens in the cache of each (default: %(default)s)")
+    kernels.add_argument("--rows", default="1,8,16,32", help="of each tree, the pending token is one (default: %(default)s)")
+    kernels.add_argument("--heads", default="9/3x64", help="query heads / KV heads x width (default: %(default)s, SmolLM2-135M's)")
+    kernels.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="default: %(default)s")
+    kernels.add_argument("--repeats", type=_positive, default=50, help="default: %(default)s")
+    kernels.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    kernels.add_argument("--json", metavar="OUT", help="also write the results here")
 
     replay = kinds.add_parser("replay", help="suffix drafts walked against recorded text, beside ArcticInference; no model runs")
     replay.set_defaults(command="specfx.bench.replay")

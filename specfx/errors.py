@@ -81,6 +81,7 @@ class Reason(enum.Enum):
     DRAFTING_APART = "drafting is not part of the graph"
     NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"
+    NOT_RECORDED = "steps are not replayed as CUDA graphs"
 
 
 @dataclass(frozen=True)

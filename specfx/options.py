@@ -31,11 +31,12 @@ class CommonOptions:
     """Options of every method.
 
     engine: which engine to prefer; "auto" takes the compiled one. An engine that can't be had, or not yet, is stood in for by the next
-    (compiled, graph, eager), with the reason in the report; `kv_pool`, `page_size` and `disable_passes` are of the first two. compile:
-    "background" serves from the graph engine until the artifact is ready, "sync" waits in `speculate`, "off" never compiles.
-    num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows). kv_pool: size
-    of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of free memory).
-    page_size: tokens a page. disable_passes: names of passes to leave out.
+    (compiled, graph, eager), with the reason in the report; `kv_pool`, `page_size`, `disable_passes` and `cuda_graphs` are of the first
+    two. compile: "background" serves from the graph engine until the artifact is ready, "sync" waits in `speculate`, "off" never
+    compiles. num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
+    kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of
+    free memory). page_size: tokens a page. disable_passes: names of passes to leave out. cuda_graphs: on a GPU, replay steps as CUDA
+    graphs.
     """
 
     engine: str = "auto"
@@ -44,6 +45,7 @@ class CommonOptions:
     kv_pool: str | int | float = "auto"
     page_size: int = 64
     disable_passes: tuple[str, ...] = ()
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _check(self.engine in ENGINES, "engine", self.engine, f"must be one of {', '.join(ENGINES)}")
@@ -59,6 +61,7 @@ class CommonOptions:
         named = not isinstance(self.disable_passes, str) and all(isinstance(p, str) for p in self.disable_passes)
         _check(named, "disable_passes", self.disable_passes, "must be a sequence of names of passes")
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
+        _check(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "must be True or False")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import pytest
 import specfx.bench.equal
 import specfx.bench.forward
 import specfx.bench.generate
+import specfx.bench.kernels
 import specfx.bench.replay
 import specfx.bench.suffix
 import specfx.demo
@@ -25,6 +26,7 @@ COMMANDS = {
     "generate": (specfx.bench.generate, ["bench", "generate", "--model", "m", "--prompts", "p"]),
     "equal": (specfx.bench.equal, ["bench", "equal", "--model", "m", "--prompts", "p"]),
     "forward": (specfx.bench.forward, ["bench", "forward", "--model", "m"]),
+    "kernels": (specfx.bench.kernels, ["bench", "kernels"]),
     "replay": (specfx.bench.replay, ["bench", "replay", "--traces", "a", "b", "--model", "m"]),
     "suffix": (specfx.bench.suffix, ["bench", "suffix"]),
     "train mtp": (specfx.train.mtp, ["train", "mtp", "--model", "m", "--data", "d", "--out", "o"]),

@@ -236,13 +236,13 @@ def run(
     with report.Progress(f"loading {model}"):
         target, tokenizer = models.load(model, getattr(torch, dtype))
     chosen = read_prompts(prompts, tokenizer, limit=count, max_prompt_tokens=max_prompt_tokens, spread=True)
-    end_tokens = _end_tokens(target)
+    end_tokens = end_tokens_of(target)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (end_tokens or [0])[0]
 
     stock: dict[int, list[list[int]]] = {}
     for size in sizes:
         with report.Progress(f"stock, batch {size}, {len(chosen)} prompts"):
-            stock[size] = _outputs(target, Arm(STOCK), chosen, size, max_new_tokens, pad, end_tokens)
+            stock[size] = outputs_of(target, Arm(STOCK), chosen, size, max_new_tokens, pad, end_tokens)
     comparisons: list[Comparison] = []
     # Prefixes of near ties repeat from engine to engine and method to method.
     known_logits: dict[tuple[int, ...], torch.Tensor] = {}
@@ -267,7 +267,7 @@ def run(
             start(target, arm)
             for size in sizes:
                 with report.Progress(f"{arm.name}, {engine_name}, batch {size}"):
-                    outputs = _outputs(target, arm, chosen, size, max_new_tokens, pad, end_tokens)
+                    outputs = outputs_of(target, arm, chosen, size, max_new_tokens, pad, end_tokens)
                 explanation = specfx.explain(target)
                 served, by_stock = str(explanation.engine), sum(explanation.stock_calls.values())
                 found = [
@@ -318,14 +318,14 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     return report.table(header, rows)
 
 
-def _outputs(
+def outputs_of(
     model: Any, arm: Arm, prompts: Sequence[Prompt], size: int, max_new_tokens: int, pad: int, end_tokens: Sequence[int]
 ) -> list[list[int]]:
     batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
     return [row for batch in batches for row in generate_batch(model, arm, batch, max_new_tokens, pad, end_tokens)]
 
 
-def _end_tokens(model: Any) -> list[int]:
+def end_tokens_of(model: Any) -> list[int]:
     end = model.generation_config.eos_token_id
     return [] if end is None else [end] if isinstance(end, int) else list(end)
 

@@ -3,7 +3,8 @@
     capture -> rewrite passes -> gate on the references -> graph engine -> Inductor -> gate -> compiled engine
 
 Where a stage fails, its typed reason is recorded and the last engine that was proven serves; if there is none, the eager engine does.
-With ``compile="background"`` the graph engine serves until the compiled one is ready, and the switch happens between two calls.
+With ``compile="background"`` the graph engine serves until the compiled one is ready, and the switch happens between two calls. On a GPU
+the engine that serves when nothing is being compiled replays its steps as CUDA graphs, proven like the rest.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from transformers import PreTrainedModel
 from specfx import gate
 from specfx.capture import Fingerprint, capture, clone_sharing_storage
 from specfx.drafters.mtp import Drafting
+from specfx.engines import cuda_graphs, transfer
 from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine
 from specfx.engines.drafting import capture_drafting
 from specfx.engines.eager import EagerEngine
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal, SpecfxError
-from specfx.kernels import cpu_build
+from specfx.kernels import cpu_build, triton_kernels
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.mtp_head import mtp_head
@@ -70,21 +72,22 @@ def _leave() -> None:
 class Ladder:
     """The engines over one graph: the first serves at once, the compiled one when it is ready. State; `engine` serves the next call.
 
-    refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one.
+    refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one. prove: see `_prove`.
     """
 
-    def __init__(self, engine: Engine, module: fx.GraphModule | None = None) -> None:
-        self.engine, self.module = engine, module
+    def __init__(self, engine: Engine, module: fx.GraphModule | None = None, prove: Prove | None = None) -> None:
+        self.engine, self.module, self._prove = engine, module, prove
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
         self.seconds: dict[str, float] = {}
         self._ready: CompiledEngine | None = None
         self._started = 0.0
         self._thread: threading.Thread | None = None
+        self._replaying: Engine | None = None  # the engine of which steps are replayed, or were to be
 
-    def compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
-        """Build the compiled engine, now or in a thread, as the options say. prove: see `_prove`."""
-        arguments = (options, packs, stock, draft_rows, prove)
+    def compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int) -> None:
+        """Build the compiled engine, now or in a thread, as the options say."""
+        arguments = (options, packs, stock, draft_rows)
         if options.compile == "sync":
             self._compile(*arguments)
         elif options.compile == "background":
@@ -101,6 +104,27 @@ class Ladder:
             self.engine.refresh()
             self.engine.packed_at = weights
 
+    def replay(self, new_stock: Callable[[], PreTrainedModel], new_recorder: Callable[[], cuda_graphs.Recorder] | None = None) -> None:
+        """Let the engine that serves replay its steps, once for each engine, unless another is being compiled (its thread would disturb
+        the recording). What is wrong or can't be recorded is not replayed."""
+        if self._replaying is self.engine or self.compiling is not None or not isinstance(self.engine, PagedEngine):
+            return
+        assert self._prove is not None
+        self._replaying = engine = self.engine
+        limit = engine.pool.limit
+        try:
+            if limit is not None:
+                engine.resize_pool("auto")
+            cuda_graphs.replay(engine, self.refusals.append, new_recorder)
+            with _timed(self.seconds, "CUDA graphs"):
+                self._prove(engine, new_stock(), False)
+        except SpecfxError as e:
+            cuda_graphs.stop_replaying(engine)
+            self.refusals.append(cuda_graphs.not_recorded(str(e)))
+        finally:
+            if limit is not None:
+                engine.resize_pool(limit)
+
     @property
     def compiling(self) -> Refusal | None:
         """Why the compiled engine does not serve yet: it is being built. None if it is not being built."""
@@ -115,20 +139,22 @@ class Ladder:
         if self._thread is not None:
             self._thread.join()
 
-    def _compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
+    def _compile(self, options: CommonOptions, packs: bool, stock: PreTrainedModel, draft_rows: int) -> None:
         assert self.module is not None
+        assert self._prove is not None
         context = PassContext(options.page_size, packs)
         try:
             packed_at = Fingerprint.of(stock)
-            with _timed(self.seconds, "compile"):
+            # (In a thread of its own, the current GPU is the first one.)
+            with _timed(self.seconds, "compile"), transfer.on_device(stock.device):
                 compiled = CompiledEngine(self.module, context, options.disable_passes, "auto", stock.device, draft_rows)
-            with _timed(self.seconds, "first use"):
+            with _timed(self.seconds, "first use"), transfer.on_device(stock.device):
                 while True:  # once, but again if the weights change meanwhile
                     if (now := Fingerprint.of(stock)) != packed_at:
                         compiled.refresh()
                         packed_at = now
                     try:
-                        prove(compiled, stock, False)
+                        self._prove(compiled, stock, False)
                         break
                     except GateError:
                         if Fingerprint.of(stock) == packed_at:
@@ -187,10 +213,12 @@ class Prepared:
                 key = None
             if key not in self._ladders:
                 assert self.module is not None
-                self._ladders[key] = Ladder(graph_engine(self.module, self.options.kv_pool, model.device), self.module)
-                self._compile(self._ladders[key], model, 0, _prove)
+                self._ladders[key] = Ladder(graph_engine(self.module, self.options.kv_pool, model.device), self.module, _prove)
+                self._compile(self._ladders[key], model, 0)
             ladder = self._ladders[key]
             ladder.follow(self.fingerprint)
+            if self.options.cuda_graphs and model.device.type == "cuda":
+                ladder.replay(functools.partial(clone_sharing_storage, model))
             return ladder
 
     def apart(self, drafting: Drafting | None) -> Refusal | None:
@@ -217,14 +245,14 @@ class Prepared:
         except Exception as e:  # drafting beside the graph is slower, not wrong
             self._apart[key] = _refusal(stage, e, reason=Reason.DRAFTING_APART)
             return
-        ladder = Ladder(graph_engine(result.module, self.options.kv_pool, model.device, rows), result.module)
+        ladder = Ladder(graph_engine(result.module, self.options.kv_pool, model.device, rows), result.module, prove)
         ladder.records = result.records
         self._ladders[key] = ladder
-        self._compile(ladder, model, rows, prove)
+        self._compile(ladder, model, rows)
 
-    def _compile(self, ladder: Ladder, model: PreTrainedModel, draft_rows: int, prove: Prove) -> None:
+    def _compile(self, ladder: Ladder, model: PreTrainedModel, draft_rows: int) -> None:
         if self.options.engine in ("auto", "compiled") and self.options.compile != "off":
-            ladder.compile(self.options, self._packs, clone_sharing_storage(model), draft_rows, prove)
+            ladder.compile(self.options, self._packs, clone_sharing_storage(model), draft_rows)
 
     def _prepare_graph(self, model: PreTrainedModel) -> None:
         options = self.options
@@ -242,8 +270,6 @@ class Prepared:
                 raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
             self.refusals += [r.refusal for r in result.records if r.refusal is not None]
             self._load_kernels(model.device)
-            if model.device.type != "cpu" and options.engine == "auto":
-                raise LoweringError(f"specfx's ops have no kernels for {model.device.type} yet, and their references are slow")
             with _timed(self.seconds, "gate"):
                 stock = clone_sharing_storage(model)
                 shrunken = gate.with_shrunken_windows(result.module)
@@ -254,14 +280,25 @@ class Prepared:
             self.refusals.append(_refusal("graph engine", e))
 
     def _load_kernels(self, device: torch.device) -> None:
-        """Replace the ops' references by kernels where they can be built; where not, the references stay in force."""
-        if device.type != "cpu":
-            return
+        """Replace the ops' references by kernels where they can be had; where not, the references stay in force.
+
+        Raises `LoweringError` where they would serve, much too slowly, an engine that nobody asked for by name.
+        """
         try:
             with _timed(self.seconds, "kernels"):
-                self._packs = cpu_build.load().packs
+                if device.type == "cpu":
+                    self._packs = cpu_build.load().packs
+                elif device.type == "cuda":
+                    triton_kernels.register()
+                else:
+                    raise LoweringError(f"specfx's ops have no kernels for {device.type}")
         except LoweringError as e:
-            self.refusals.append(_refusal("CPU kernels", e, "install a C++ compiler (g++) or set CXX"))
+            if device.type == "cpu":
+                self.refusals.append(_refusal("CPU kernels", e, "install a C++ compiler (g++) or set CXX"))
+            elif self.options.engine == "auto":
+                raise LoweringError(f"{e}; the ops' references are slow on {device.type}: engine='graph' takes them all the same") from e
+            else:
+                self.refusals.append(_refusal(f"{device.type} kernels", e, "the ops' references serve, slowly", Reason.NO_KERNEL))
 
     def is_current(self, model: PreTrainedModel) -> bool:
         """Whether the weights still lie where they were captured; values changed in place are followed. False: prepare anew."""

@@ -4,6 +4,9 @@
 the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs
 are bound by the names of the graph's placeholders, so passes may be switched off: without the tree mask the engine verifies chains,
 without the epilogue it selects logits itself. With a head stitched in (`mtp_head`), each output brings the next draft.
+
+What changes from step to step is bound on the host; `call` brings it to the device (`specfx.engines.transfer`), or copies it into the
+static inputs of a CUDA graph (`specfx.engines.cuda_graphs`).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from specfx.drafters.mtp_tree import trees
+from specfx.engines import transfer
 from specfx.engines.base import Rows, RowsOutput
 from specfx.kernels.library import REFERENCES
 from specfx.passes.framework import calls, copy_module, placeholder
@@ -59,8 +63,13 @@ def _as_int64(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
+def _host(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 class PagedEngine:
-    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order.
+    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order, on
+    `device`; the attribute `direct` is that, `call` takes what `bind` makes.
 
     draft_rows: rows behind the committed ones that a stitched head's draft steps need.
     """
@@ -68,27 +77,35 @@ class PagedEngine:
     def __init__(
         self, name: str, module: fx.GraphModule, call: Call, pool_size: str | int | float, device: torch.device, draft_rows: int = 0
     ) -> None:
-        self.name, self.call, self.module = name, call, module
+        self.name, self.module, self.direct = name, module, call
+        self.call = transfer.uploading(call, device)
         self.draft_rows = draft_rows
         inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
         self.inputs = [str(n.target) for n in inputs]
         self.verifies = "trees" if "tree_mask" in self.inputs else "chains"
         pools = [n for n in inputs if n.target.startswith(("k_pages_", "v_pages_"))]
         shapes = [LayerShape(n.meta["val"].shape[2], n.meta["val"].shape[3], n.meta["val"].dtype) for n in pools]
-        self._pool_names = [str(n.target) for n in pools]
+        self.pool_names = [str(n.target) for n in pools]
         self.pool = KVPool(shapes, pools[0].meta["val"].shape[1], pool_size, device)
         self._selects = "logit_rows" in self.inputs
         self.drafts = NEXT_IDS in self.inputs
+        self.device = device
+        self._scratch_tokens = 0
         tails = placeholder(module, TAILS)
         self._no_tail = None if tails is None else torch.zeros(tails.meta["val"].shape[1:], dtype=tails.meta["val"].dtype, device=device)
         self._tails: dict[int, Tensor] = {}  # as of the last commit
         self._new_tails: dict[int, Tensor] = {}  # as of the last forward
-        self._device = device
         self.max_rows = most_rows(module)
 
     def resize_pool(self, size: str | int | float) -> None:
         """A new, empty pool; sequences in the old one are lost."""
-        self.pool = KVPool(self.pool.shapes, self.pool.page_size, size, self._device)
+        self.pool = KVPool(self.pool.shapes, self.pool.page_size, size, self.device)
+        self.pool.scratch(self._scratch_tokens)
+
+    def reserve_scratch(self, tokens: int) -> None:
+        """Let this pool and all later ones have pages that no sequence owns (see `KVPool.scratch`)."""
+        self.pool.scratch(tokens)
+        self._scratch_tokens = tokens
 
     def add(self, seq: int, capacity: int) -> None:
         self.pool.add(seq, capacity + self.draft_rows)
@@ -106,11 +123,8 @@ class PagedEngine:
         if rows and seq in self._new_tails:
             self._tails[seq] = self._new_tails.pop(seq)
 
-    def _tensor(self, values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._device)
-
     def bind(self, batch: Sequence[Rows]) -> dict[str, Tensor]:
-        """The graph's inputs for `batch`, by name."""
+        """The graph's inputs for `batch`, by name; all but the pools are on the host."""
         seqs, counts = [r.seq for r in batch], [r.count for r in batch]
         if len(set(seqs)) != len(seqs):
             raise ValueError("each sequence may appear once in a forward")
@@ -142,30 +156,32 @@ class PagedEngine:
         moves = self.pool.begin(seqs, counts)
         tails = {} if self._no_tail is None else {TAILS: torch.stack([self._tails.get(seq, self._no_tail) for seq in seqs])}
         return {
-            "input_ids": self._tensor(tokens)[None],
-            "position_ids": self._tensor(positions)[None],
+            "input_ids": _host(tokens)[None],
+            "position_ids": _host(positions)[None],
             "page_table": self.pool.page_table(seqs),
-            "lengths": self._tensor(lengths, torch.int32),
-            "row_starts": self._tensor(starts, torch.int32),
+            "lengths": _host(lengths, torch.int32),
+            "row_starts": _host(starts, torch.int32),
             "moves": moves,
-            "tree_mask": self._tensor(masks),
-            "logit_rows": self._tensor(logit_rows),
-            NEXT_IDS: self._tensor(next_ids),
+            "tree_mask": _host(masks),
+            "logit_rows": _host(logit_rows),
+            NEXT_IDS: _host(next_ids),
             **tails,
-            **dict(zip(self._pool_names, self.pool.pools, strict=True)),
+            **dict(zip(self.pool_names, self.pool.pools, strict=True)),
         }
 
     @torch.no_grad()
     def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
         inputs = self.bind(batch)
-        logits, hidden, *rest = self.call(*[inputs[name] for name in self.inputs])
-        logits, hidden = logits[0], hidden[0]
-        if not self._selects:
-            logits = logits[inputs["logit_rows"]]
-        argmax: list[int] = (rest[0] if rest else logits.float().argmax(-1)).tolist()
-        drafts = trees((rest[1], rest[2], rest[3])) if self.drafts else [None] * len(batch)
-        if self._no_tail is not None:
-            self._new_tails |= zip([rows.seq for rows in batch], rest[4].clone(), strict=True)
+        with transfer.on_device(self.device):
+            logits, hidden, *rest = self.call(*[inputs[name] for name in self.inputs])
+            logits, hidden = logits[0], hidden[0]
+            if not self._selects:
+                logits = logits[inputs["logit_rows"].to(self.device)]
+            if self._no_tail is not None:
+                self._new_tails |= zip([rows.seq for rows in batch], rest[4].clone(), strict=True)
+            chosen, *drafted = transfer.to_host(rest[:4] or [logits.float().argmax(-1)])
+        argmax: list[int] = chosen.tolist()
+        drafts = trees(tuple(drafted)) if self.drafts else [None] * len(batch)
         outputs, row, read = [], 0, 0
         for rows, draft in zip(batch, drafts, strict=True):
             count, reads = rows.count, 1 if rows.last_only else rows.count

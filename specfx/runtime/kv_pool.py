@@ -3,7 +3,8 @@
 One page number stands for the same page in every layer's pair of pools. A sequence reserves all pages that it can need when it is
 added, so a step never fails for want of memory. A forward writes its rows behind the committed tokens; `commit` keeps an accepted path of
 them by noting *moves*, which the next forward's fused op carries out (in order, so overlapping moves are safe); rows not kept are
-simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of the free memory is a hard bound.
+simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of the free memory is a hard bound. What a forward
+must be told (page tables, moves) is made on the host; the engine brings it to the device.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ class KVPool:
         self.pages = 0
         self.pools: list[Tensor] = [torch.empty(0, page_size, s.heads, s.width, dtype=s.dtype, device=device) for s in shapes]
         self._free: list[int] = []
+        self._scratch: list[int] = []
         self._sequences: dict[int, _Sequence] = {}
         self._tables: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -93,19 +95,32 @@ class KVPool:
                 "raise kv_pool, or ask for fewer tokens or sequences at a time"
             )
         target = pages if self.limit is not None else max(pages, self.pages + self.pages // 2)
-        missing = (target - self.pages) * self.page_bytes
+        self._free.extend(reversed(self._allocate(target - self.pages)))
+        self.pages = target
+
+    def scratch(self, tokens: int) -> list[int]:
+        """Pages with room for `tokens` that belong to no sequence and may be written by anyone; beside the pool's size, always the
+        same ones. Raises `KVPoolError` if there is no memory for them."""
+        if (missing := self.pages_for(tokens) - len(self._scratch)) > 0:
+            self._scratch += self._allocate(missing)
+        return self._scratch
+
+    def _allocate(self, more: int) -> range:
+        """Make room for so many more pages in every layer; their numbers."""
+        present = self.pages + len(self._scratch)
+        target = present + more
+        missing = more * self.page_bytes
         if missing > free_memory(self.device):
             raise KVPoolError(f"the KV pool needs {missing >> 20} MiB more on {self.device}, {free_memory(self.device) >> 20} MiB are free")
         try:
             for i in range(len(self.pools)):  # one by one: two copies of all pools may not fit
                 new = torch.zeros(target, *self.pools[i].shape[1:], dtype=self.pools[i].dtype, device=self.device)
-                new[: self.pages] = self.pools[i]
+                new[:present] = self.pools[i]
                 self.pools[i] = new
         except RuntimeError as e:
-            self.pools = [pool[: self.pages] for pool in self.pools]
+            self.pools = [pool[:present] for pool in self.pools]
             raise KVPoolError(f"the KV pool can't grow to {target} pages of {self.page_bytes} bytes on {self.device}: {e}") from e
-        self._free.extend(reversed(range(self.pages, target)))
-        self.pages = target
+        return range(present, target)
 
     def remove(self, seq: int) -> None:
         """Give the pages of `seq` back; unknown ids are ignored."""
@@ -118,16 +133,17 @@ class KVPool:
         return self._sequences[seq].length
 
     def page_table(self, seqs: Sequence[int]) -> Tensor:
-        """int32 ``[S, P]``, short ones padded with page 0 (never read)."""
+        """int32 ``[S, P]``, on the host; short ones padded with page 0 (never read)."""
         key = tuple(seqs)
         if self._tables is None or self._tables[0] != key:
             width = max(len(self._sequences[s].pages) for s in seqs)
             rows = [self._sequences[s].pages + [0] * (width - len(self._sequences[s].pages)) for s in seqs]
-            self._tables = (key, torch.tensor(rows, dtype=torch.int32, device=self.device))
+            self._tables = (key, torch.tensor(rows, dtype=torch.int32, device="cpu"))
         return self._tables[1]
 
     def begin(self, seqs: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """A forward of `counts` new rows starts: checks the room, rolls uncommitted rows back, hands out the moves ``[2, M]`` to do first.
+        """A forward of `counts` new rows starts: checks the room, rolls uncommitted rows back, hands out the moves ``[2, M]`` to do
+        first (on the host).
 
         Raises `KVPoolError` (nothing changed) if a sequence would outgrow its reservation.
         """
@@ -141,7 +157,7 @@ class KVPool:
             sequence = self._sequences[seq]
             moves += sequence.moves
             sequence.moves, sequence.fresh = [], count
-        return torch.tensor(moves or [(-1, -1)], dtype=torch.int64, device=self.device).t().contiguous()
+        return torch.tensor(moves or [(-1, -1)], dtype=torch.int64, device="cpu").t().contiguous()
 
     def commit(self, seq: int, rows: Sequence[int]) -> None:
         """Keep the ascending `rows` of the last forward. Raises `ValueError` for rows that it did not have."""
