@@ -33,11 +33,14 @@ _KNOWN_WINDOWS = {"sliding_window", "max_window_layers", "attention_chunk_size"}
 
 @dataclass
 class _Sequence:
-    """State of one sequence: `length` committed tokens lie first in `cache`, then the `rows` rows of a forward not yet committed."""
+    """State of one sequence: `length` committed tokens lie first in `cache`, then the `rows` rows of a forward not yet committed.
+    source, shared: as in `Engine.add`."""
 
     cache: DynamicCache = field(default_factory=DynamicCache)
     length: int = 0
     rows: int = 0
+    source: int | None = None
+    shared: int = 0
 
     @torch.inference_mode()
     def keep(self, rows: Sequence[int]) -> None:
@@ -85,11 +88,25 @@ class EagerEngine:
         self.verifies, self.refusals = probe(self)
         self._sequences.clear()
 
-    def add(self, seq: int, capacity: int) -> None:
+    def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
         """Begin sequence `seq`. Its cache grows as it must, so `capacity` (tokens) reserves nothing. Raises `ValueError` for a used id."""
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} exists already; remove it before its id is used again")
-        self._sequences[seq] = _Sequence()
+        self._sequences[seq] = _Sequence(source=source, shared=shared)
+
+    @torch.inference_mode()
+    def inherit(self, seq: int) -> int:
+        """See `Engine.inherit`. The keys and values are copied; a source that has gone leaves nothing."""
+        sequence = self._sequences[seq]
+        source = None if sequence.source is None else self._sequences.get(sequence.source)
+        if source is not None:
+            sequence.length = min(sequence.shared, source.length)
+            layers: list[Any] = source.cache.layers
+            for i, layer in enumerate(layers):
+                if getattr(layer, "keys", None) is not None:  # else it shares the keys of another
+                    keys, values = (x[..., : sequence.length, :].clone() for x in (layer.keys, layer.values))
+                    sequence.cache.update(keys, values, i)
+        return sequence.length
 
     def remove(self, seq: int) -> None:
         self._sequences.pop(seq, None)
