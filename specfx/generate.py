@@ -24,6 +24,7 @@ from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
 from specfx.options import CommonOptions, parse
 from specfx.runtime.decode import speculative_decode
+from specfx.runtime.page_cache import PageCache
 from specfx.runtime.stats import CallStats, Stats
 from specfx.support import require_plain_model
 
@@ -99,14 +100,16 @@ class SpeculativeGenerate:
         assert self.prepared is not None
         with self.prepared.lock:
             assert self.drafter is not None
+            ladder.keeper.collect()
             decode = functools.partial(
                 speculative_decode,
-                engine=ladder.engine,
+                keeper=ladder.keeper,
                 drafter=self.drafter,
                 max_nodes=self.common.num_speculative_tokens,
                 stats=call,
                 record_stock=self._stock,
                 streamer=kwargs.get("streamer"),
+                prefill_callback=self.common.prefill_callback,
             )
             try:
                 with call.timed("total"):
@@ -152,9 +155,14 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
         if kwargs.get(name) is not None:
             return name
-    for name in ("position_ids", "past_key_values"):  # a cache of the caller's is there to be filled
-        if kwargs.get(name) is not None:
-            return f"{name} given by the caller"
+    if kwargs.get("position_ids") is not None:
+        return "position_ids given by the caller"
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is not None and not isinstance(cache, PageCache):  # it is there to be filled
+        return "past_key_values given by the caller"
+    prompt = kwargs.get("input_ids", kwargs.get("inputs"))
+    if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
+        return "an attention mask that is not of the input_ids' shape"
     if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
         return "stop_strings in the model's generation_config"
     for name in ("use_mtp", "token_healing"):

@@ -95,6 +95,9 @@ class Engine(Protocol):
         A second `forward` of a sequence without a `commit` in between rolls the first one back entirely.
         """
 
+    def trim(self, seq: int) -> None:
+        """Give back the room that `seq` has not used: no forward of it follows, others may still begin with its tokens."""
+
     def remove(self, seq: int) -> None:
         """Free everything of `seq`. Unknown ids are ignored."""
 

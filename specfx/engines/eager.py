@@ -108,6 +108,9 @@ class EagerEngine:
                     sequence.cache.update(keys, values, i)
         return sequence.length
 
+    def trim(self, seq: int) -> None:
+        self._sequences[seq].keep(())
+
     def remove(self, seq: int) -> None:
         self._sequences.pop(seq, None)
 

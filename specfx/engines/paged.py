@@ -93,6 +93,9 @@ class PagedEngine:
     def inherit(self, seq: int) -> int:
         return self.pool.inherit(seq)
 
+    def trim(self, seq: int) -> None:
+        self.pool.trim(seq)
+
     def remove(self, seq: int) -> None:
         self.pool.remove(seq)
 

@@ -151,7 +151,18 @@ class KVPool:
             if heir.source == seq and (full := heir.common * self.page_size) <= min(sequence.length, self._final(seq)):
                 heir.length, heir.source = full, None
         del self._sequences[seq]
-        for page in reversed(sequence.pages):
+        self._give_back(sequence.pages)
+
+    def trim(self, seq: int) -> None:
+        """Give back the pages behind what is committed or still to be moved: `seq` will not grow."""
+        sequence = self._sequences[seq]
+        used = max([sequence.length, *(self._position(sequence, start) + 1 for start, _ in sequence.moves)])
+        kept = self.pages_for(used)
+        pages, sequence.pages = sequence.pages[kept:], sequence.pages[:kept]
+        self._give_back(pages)
+
+    def _give_back(self, pages: list[int]) -> None:
+        for page in reversed(pages):
             self._users[page] -= 1
             if not self._users[page]:
                 del self._users[page]
