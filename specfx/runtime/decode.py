@@ -204,8 +204,11 @@ def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: i
     runtime.make_room = functools.partial(keeper.make_room, held)
     seqs = []
     try:
-        for prompt in prompts:
-            shared, source = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, None))
+        for i, prompt in enumerate(prompts):
+            if i and prompt == prompts[i - 1]:
+                shared, source = len(prompt), seqs[-1]
+            else:
+                shared, source = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, None))
             seqs.append(runtime.reserve(len(prompt), room, *((source, shared) if shared >= FEWEST_SHARED else ())))
             known[seqs[-1]] = prompt
     except KVPoolError:

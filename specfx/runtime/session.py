@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -90,11 +90,13 @@ class Runtime:
         self.sequences: dict[int, SequenceState] = {}
         self.kept: dict[int, list[int]] = {}
         self._reserved: dict[int, bool] = {}
+        self._last: tuple[Sequence[int], RowsOutput, Tensor | None]
 
     def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0) -> int:
         """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done.
 
-        source: a sequence of this engine with whose first `shared` tokens the prompt begins; they are not run again.
+        source: a sequence of this engine with whose first `shared` tokens the prompt begins; they are not run again. `shared` is less than
+        `prompt_length`, or `source` is a sequence of the same prompt, which is added just before this one.
         """
         seq, capacity = next(_ids), prompt_length + max_new_tokens + self.max_nodes + 1
         while True:
@@ -143,6 +145,7 @@ class Runtime:
             with self.stats.timed("prefill"):
                 known = self.engine.inherit(seq) if self._reserved.pop(seq) else 0
                 output, hidden = self._prefill(sequence, prompt, known)
+                self._last = prompt, replace(output, logits=output.logits[-1:].clone()), None if hidden is None else hidden[-1:]
             (token,) = self._choose([sequence], [output], [-1])
             self.stats.prefills += 1
             self.stats.prompt_tokens += len(prompt) - known
@@ -153,10 +156,14 @@ class Runtime:
             raise
 
     def _prefill(self, sequence: SequenceState, prompt: Sequence[int], known: int = 0) -> tuple[RowsOutput, Tensor | None]:
-        """Run the prompt from token `known` on."""
+        """Run the prompt from token `known` on; one that is wholly known is that of the sequence added before."""
         hidden: list[Tensor] = []
         if known:
             self.progress(known)
+        if known == len(prompt):
+            before, output, last = self._last
+            assert before == prompt
+            return output, last
         for start in range(known, len(prompt), self.chunk):
             chunk, end = prompt[start : start + self.chunk], start + self.chunk
             following = prompt[end] if end < len(prompt) else None
