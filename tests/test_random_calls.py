@@ -208,7 +208,7 @@ def test_random_calls(call: Call, models: dict[Any, PreTrainedModel], conversati
             options.pop(name, None)
     arguments = {**prompt_of(call, text), **options, "max_new_tokens": call.new, "pad_token_id": PAD, "do_sample": call.sampled is not None}
     before = sum(specfx.explain(model).stock_calls.values())
-    given = arguments if cache is None else arguments | {"past_key_values": cache}
+    given = arguments | ({} if cache is None else {"past_key_values": cache})
     failure, out = None, None
     with faulty(model, call.fault, given) as raises:
         torch.manual_seed(call.sampled or 0)

@@ -209,7 +209,8 @@ def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: i
                 shared, source = len(prompt), seqs[-1]
             else:
                 shared, source = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, None))
-            seqs.append(runtime.reserve(len(prompt), room, *((source, shared) if shared >= FEWEST_SHARED else ())))
+                source = source if shared >= FEWEST_SHARED else None
+            seqs.append(runtime.reserve(len(prompt), room, source, shared))
             known[seqs[-1]] = prompt
     except KVPoolError:
         if held is None:
