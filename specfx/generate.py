@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -20,11 +21,13 @@ from transformers.generation import GenerationMixin, GenerationMode, StopStringC
 
 from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter
+from specfx.engines.base import Engine
 from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
 from specfx.options import CommonOptions, parse
+from specfx.runtime import page_cache
+from specfx.runtime.budget import Budget
 from specfx.runtime.decode import speculative_decode
-from specfx.runtime.page_cache import PageCache
 from specfx.runtime.stats import CallStats, Stats
 from specfx.support import require_plain_model
 
@@ -51,6 +54,7 @@ class SpeculativeGenerate:
         self.stats = Stats()
         self.stock_calls: Counter[str] = Counter()
         self.lock = threading.RLock()
+        self._budgets: weakref.WeakKeyDictionary[Engine, Budget] = weakref.WeakKeyDictionary()
         self.__doc__ = type(model).generate.__doc__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeGenerate:
@@ -106,10 +110,12 @@ class SpeculativeGenerate:
                 keeper=ladder.keeper,
                 drafter=self.drafter,
                 max_nodes=self.common.num_speculative_tokens,
+                budget=self._budgets.setdefault(ladder.engine, Budget()),
                 stats=call,
                 record_stock=self._stock,
                 streamer=kwargs.get("streamer"),
                 prefill_callback=self.common.prefill_callback,
+                cache=kwargs.get("past_key_values"),
             )
             try:
                 with call.timed("total"):
@@ -158,8 +164,10 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     if kwargs.get("position_ids") is not None:
         return "position_ids given by the caller"
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
-    if cache is not None and not isinstance(cache, PageCache):  # it is there to be filled
-        return "past_key_values given by the caller"
+    if cache is not None and page_cache.beside(cache) is None:
+        return "past_key_values that other code has filled or changed, or of another kind than a DynamicCache"
+    if cache is not None and config.use_cache is False:
+        return "past_key_values with use_cache=False"
     prompt = kwargs.get("input_ids", kwargs.get("inputs"))
     if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
         return "an attention mask that is not of the input_ids' shape"

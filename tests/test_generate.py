@@ -659,7 +659,7 @@ HANDED_OVER: dict[str, tuple[Callable[[PreTrainedModel], dict[str, Any]], str]] 
     "beams": (lambda m: {"num_beams": 4}, "beam search"),
     "attentions": (lambda m: {"return_dict_in_generate": True, "output_attentions": True}, "output_attentions"),
     "hidden": (lambda m: {"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states"),
-    "cache": (lambda m: {"past_key_values": DynamicCache()}, "past_key_values"),
+    "cache": (lambda m: {"past_key_values": DynamicCache(offloading=False), "use_cache": False}, "past_key_values with use_cache=False"),
     "static": (lambda m: {"cache_implementation": "static"}, "static"),
     "assistant": (lambda m: {"assistant_model": tiny_model("llama", num_hidden_layers=1)}, "assistant_model"),
     "lookup": (lambda m: {"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
@@ -681,16 +681,6 @@ def test_what_is_not_accelerated_goes_to_stock_with_its_reason(case: str, wrap: 
         a, b = getattr(a, "sequences", a), getattr(b, "sequences", b)
         assert torch.equal(a, b)
     assert_stock(model, reason)
-
-
-def test_a_users_cache_is_filled(wrap: Wrap) -> None:
-    """A conversation goes on from the cache of its last turn."""
-    model = wrap(method="suffix")
-    cache = DynamicCache()
-    out = model.generate(prompt_of(), max_new_tokens=6, past_key_values=cache)
-    assert cache.get_seq_length() == out.shape[1] - 1
-    longer = torch.cat([out, prompt_of(3, seed=9)], dim=1)
-    assert torch.equal(model.generate(longer, max_new_tokens=6, past_key_values=cache), stock(model, longer, max_new_tokens=6))
 
 
 def test_a_users_own_decoding_method_is_called(wrap: Wrap) -> None:

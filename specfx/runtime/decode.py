@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
@@ -27,6 +27,8 @@ from transformers.generation.streamers import BaseStreamer
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine
 from specfx.errors import KVPoolError
+from specfx.runtime import page_cache
+from specfx.runtime.budget import Budget
 from specfx.runtime.choice import Record
 from specfx.runtime.held import Held, Keeper
 from specfx.runtime.page_cache import PageCache
@@ -48,6 +50,8 @@ def stock_reason(
     streamer: BaseStreamer | None,
     engine: Engine,
     inputs: dict[str, Any],
+    cache: DynamicCache | None = None,
+    pages: PageCache | None = None,
 ) -> str | None:
     """Why this call goes to the stock method; None if it is accelerated."""
     if engine.verifies == "nothing":
@@ -58,16 +62,12 @@ def stock_reason(
             return ", ".join(asked)
     if config.cache_implementation is not None:
         return f"cache_implementation={config.cache_implementation!r}"
-    cache = inputs.get("past_key_values")
-    if isinstance(cache, PageCache):
-        if cache.is_changed:
-            return "past_key_values that other code has filled or changed"
-    elif cache is not None and cache.get_seq_length() > 0:
-        return "past_key_values from an earlier call"
+    mask = inputs.get("attention_mask")
+    if pages is not None and pages is not cache and not pages.is_of(input_ids, mask):
+        return "input_ids that don't go on from past_key_values"
     unknown = sorted(k for k, v in inputs.items() if v is not None and k not in _KNOWN_INPUTS)
     if unknown:
         return f"model inputs {', '.join(unknown)}"
-    mask = inputs.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention mask that is not left padding"
     if mask is not None and not bool(mask.any(-1).all()):
@@ -95,18 +95,21 @@ def speculative_decode(
     keeper: Keeper,
     drafter: Drafter,
     max_nodes: int,
+    budget: Budget,
     stats: CallStats,
     record_stock: Callable[[str], None],
     streamer: BaseStreamer | None = None,
     prefill_callback: Callable[[int, int], None] | None = None,
+    cache: DynamicCache | None = None,
     **inputs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """A decoding method for `generate` on the engine of `keeper`; input_ids ``[B, L]`` -> ``[B, L + new]``.
 
+    cache: the caller's, which `page_cache.beside` accepts; it is filled.
     Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call.
     """
-    config, engine = generation_config, keeper.engine
-    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, inputs)
+    config, engine, pages = generation_config, keeper.engine, page_cache.beside(cache)
+    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, inputs, cache, pages)
     if reason is not None:
         record_stock(reason)
         return type(model)._sample(
@@ -118,7 +121,7 @@ def speculative_decode(
             streamer=streamer,
             **inputs,
         )
-    mask, given = inputs.get("attention_mask"), inputs.get("past_key_values")
+    mask = inputs.get("attention_mask")
     rows: list[list[int]] = input_ids.tolist()
     pads = [0] * len(rows) if mask is None else (mask == 0).sum(-1).tolist()
     prompts = [row[pad:] for row, pad in zip(rows, pads, strict=True)]
@@ -128,13 +131,13 @@ def speculative_decode(
     seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if config.do_sample else None
     recorded = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     records = [Record() if recorded else None for _ in rows]
-    holds = isinstance(given, PageCache) or (config.return_dict_in_generate and config.use_cache is not False)
+    if pages is None and config.return_dict_in_generate and config.use_cache is not False:
+        cache = pages = PageCache()
     progress = _Progress(prefill_callback, sum(map(len, prompts)))
-    runtime = Runtime(engine, drafter, max_nodes, stats, progress=progress, chunk=config.prefill_chunk_size)
+    runtime = Runtime(engine, drafter, max_nodes, stats, progress=progress, chunk=config.prefill_chunk_size, budget=budget)
     generated: dict[int, list[int]] = {}
-    held = None
     try:
-        seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], given.held if isinstance(given, PageCache) else None)
+        seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], None if pages is None else pages.held)
         for i, (row, prompt, seq, record) in enumerate(zip(rows, prompts, seqs, records, strict=True)):
             stop = Stop(row, stopping_criteria, input_ids.device, record)
             first = runtime.add(
@@ -148,7 +151,7 @@ def speculative_decode(
                 ends=sorted(stop.ends),
                 key=None if seed is None else (seed, i),
                 pointwise=is_pointwise(logits_processor),
-                keep=holds or recorded,
+                keep=recorded or pages is not None,
                 record=record,
             )
             generated[first.seq] = list(first.tokens)
@@ -160,24 +163,21 @@ def speculative_decode(
         sequences = _lay_out(input_ids, list(generated.values()), config)
         if recorded:
             _record_padding(runtime, logits_processor, sequences, generated, records)
-        if holds:
+        if cache is not None and pages is not None:
             for seq in seqs:
                 engine.trim(seq)
-            held = keeper.hold({seq: runtime.kept.pop(seq) for seq in seqs})
+            page_cache.fill(cache, pages, model, sequences, mask, keeper.hold({seq: runtime.kept.pop(seq) for seq in seqs}))
     finally:
         runtime.close()
     if streamer is not None:
         streamer.end()
-    if holds:
-        given = given if isinstance(given, PageCache) else PageCache()
-        given.fill(model, sequences, mask, held)
     if not config.return_dict_in_generate:
         return sequences
     return GenerateDecoderOnlyOutput(
         sequences=sequences,
         scores=_by_step([r.scores for r in records if r is not None]) if config.output_scores else None,
         logits=_by_step([r.logits for r in records if r is not None]) if config.output_logits else None,
-        past_key_values=given if holds else None,
+        past_key_values=cache,
     )
 
 
@@ -202,14 +202,15 @@ def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: i
         held = None
     known = {} if held is None else {s: t[: keeper.engine.length(s)] for s, t in zip(held.seqs, held.texts, strict=True)}
     runtime.make_room = functools.partial(keeper.make_room, held)
-    seqs = []
+    seqs: list[int] = []
     try:
         for i, prompt in enumerate(prompts):
+            source: int | None = None
             if i and prompt == prompts[i - 1]:
                 shared, source = len(prompt), seqs[-1]
             else:
-                shared, source = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, None))
-                source = source if shared >= FEWEST_SHARED else None
+                shared, best = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, -1))
+                source = best if shared >= FEWEST_SHARED else None
             seqs.append(runtime.reserve(len(prompt), room, source, shared))
             known[seqs[-1]] = prompt
     except KVPoolError:

@@ -15,6 +15,7 @@ place in its sequence. So every draft method, none included, gives the same text
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.errors import KVPoolError
+from specfx.runtime.budget import Budget
 from specfx.runtime.choice import Processor, Record, SequenceState, choose
 from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import DraftTree
@@ -71,8 +73,8 @@ class Runtime:
     """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine.
 
     make_room: frees memory of the engine that no sequence needs; False if there is none. progress: told of each piece of a prompt,
-    in tokens. chunk: rows of a prompt that one forward takes. kept: state; sequences that have ended and whose keys and values stay, with
-    their tokens, until somebody takes them out of it or `close`.
+    in tokens. chunk: rows of a prompt that one forward takes. budget: decides how much of a draft is verified; None: all.
+    kept: state; sequences that have ended and whose keys and values stay, with their tokens, until somebody takes them or `close`.
     """
 
     def __init__(
@@ -84,9 +86,11 @@ class Runtime:
         make_room: Callable[[], bool] = lambda: False,
         progress: Callable[[int], None] = lambda tokens: None,
         chunk: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.engine, self.drafter, self.max_nodes, self.stats = engine, drafter, max_nodes, stats
         self.make_room, self.progress, self.chunk = make_room, progress, min(chunk or PREFILL_CHUNK, engine.max_rows)
+        self.budget = budget
         self.sequences: dict[int, SequenceState] = {}
         self.kept: dict[int, list[int]] = {}
         self._reserved: dict[int, bool] = {}
@@ -198,9 +202,14 @@ class Runtime:
             trees = self.drafter.propose([s.id for s in active], budgets)
             if self.engine.verifies != "trees":
                 trees = [tree.best_chain() for tree in trees]
+            if self.budget is not None:
+                trees = self.budget.share(trees)
+        started = time.perf_counter()
         with self.stats.timed("forward"):
             outputs = self.engine.forward([Rows(s.id, s.tokens[-1:], tree) for s, tree in zip(active, trees, strict=True)])
         self.stats.forwards += 1
+        if self.budget is not None:
+            self.budget.note_forward(len(trees) + sum(map(len, trees)), time.perf_counter() - started)
         with self.stats.timed("accept"):
             walks = [_Walk(*walk) for walk in zip(active, trees, outputs, strict=True)]
             going = walks
@@ -226,6 +235,8 @@ class Runtime:
             self.stats.steps += 1
             if len(tree):
                 self.stats.count_draft(max(tree.depths()), len(walk.rows) - 1, len(tree))
+                if self.budget is not None:
+                    self.budget.note_draft(tree, len(walk.rows) - 1)
             hidden = self._hidden_for(sequence, output)
             hidden = hidden[walk.rows] if hidden is not None else None
         return self._committed(sequence, walk.tokens, hidden, self._draft_of(sequence, output), walk.finished)

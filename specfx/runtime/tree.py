@@ -82,7 +82,10 @@ class DraftTree:
 
     def pruned(self, probability: float) -> DraftTree:
         """The nodes that are at least so probable (a tree again, since no node is more probable than its parent)."""
-        kept = [i for i, p in enumerate(self.probs) if p >= probability]
+        return self.part([i for i, p in enumerate(self.probs) if p >= probability])
+
+    def part(self, kept: Sequence[int]) -> DraftTree:
+        """The ascending nodes `kept`, with each of which its parent must be."""
         if len(kept) == len(self):
             return self
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
