@@ -325,6 +325,17 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.capacity)
     @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(sorted(self.capacity)))
+        before = self.pages[seq]
+        self.pool.trim(seq)
+        self.capacity[seq], self.fresh[seq] = len(self.pool._sequences[seq].pages) * 3, []
+        assert -(-len(self.kept[seq]) // 3) <= self.pages[seq] <= before
+        if not self.pool._sequences[seq].moves:
+            assert self.pages[seq] == -(-len(self.kept[seq]) // 3)
+
+    @precondition(lambda self: self.capacity)
+    @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         seq = data.draw(st.sampled_from(sorted(self.capacity)))
         self.pool.remove(seq)

@@ -154,11 +154,11 @@ class KVPool:
         self._give_back(sequence.pages)
 
     def trim(self, seq: int) -> None:
-        """Give back the pages behind what is committed or still to be moved: `seq` will not grow."""
+        """Give back the pages behind what is committed or still to be moved; rows of the last forward are rolled back."""
         sequence = self._sequences[seq]
         used = max([sequence.length, *(self._position(sequence, start) + 1 for start, _ in sequence.moves)])
         kept = self.pages_for(used)
-        pages, sequence.pages = sequence.pages[kept:], sequence.pages[:kept]
+        pages, sequence.pages, sequence.fresh = sequence.pages[kept:], sequence.pages[:kept], 0
         self._give_back(pages)
 
     def _give_back(self, pages: list[int]) -> None:
