@@ -518,10 +518,11 @@ def test_a_custom_processor_over_a_batch_goes_to_stock(wrap: Wrap) -> None:
 
 def test_prefix_allowed_tokens(wrap: Wrap) -> None:
     model = wrap(method="suffix")
-    allowed = lambda batch, ids: [int(ids[-1]) // 2, int(ids[-1] + 40) % VOCAB, 5, 90]  # noqa: E731
+    allowed = lambda batch, ids: [int(ids[-1]) // 2, int(ids[-1] + 40 + batch) % VOCAB, 5, 90]  # noqa: E731
     for ids in (prompt_of(), prompt_of(batch=2)):
         expected = stock(model, ids, max_new_tokens=20, prefix_allowed_tokens_fn=allowed)
         assert torch.equal(model.generate(ids, max_new_tokens=20, prefix_allowed_tokens_fn=allowed), expected)
+    assert_ours(model)
 
 
 # --- streamers -------------------------------------------------------------------------------------------------------------------------

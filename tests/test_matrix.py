@@ -48,7 +48,7 @@ class Sum(StoppingCriteria):
 
 
 def allowed(batch: int, ids: torch.Tensor) -> list[int]:
-    return [int(ids[-1] + d) % VOCAB for d in (1, 2, 3, 5, 8)]
+    return [int(ids[-1] + batch + d) % VOCAB for d in (1, 2, 3, 5, 8)]
 
 
 class Streamed(BaseStreamer):
@@ -73,7 +73,7 @@ GREEDY: dict[str, Call] = {
     "penalties": lambda: {**prompts(*THREE), "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     "words": lambda: {**prompts(*THREE), "bad_words_ids": [[3], [4, 5]], "suppress_tokens": [7], "min_new_tokens": 5, "eos_token_id": 9},
     "forced": lambda: {**prompts(*THREE), "forced_eos_token_id": 5, "sequence_bias": {(70,): 5.0}},
-    "allowed": lambda: {**prompts(*ONE), "prefix_allowed_tokens_fn": allowed},
+    "allowed": lambda: {**prompts(*THREE), "prefix_allowed_tokens_fn": allowed},
     "processor": lambda: {**prompts(*ONE), "logits_processor": LogitsProcessorList([Forbid()])},
     "criterion": lambda: {**prompts(*ONE), "stopping_criteria": [Sum()]},
     "scores": lambda: {**prompts(*THREE), "return_dict_in_generate": True, "output_scores": True, "output_logits": True},

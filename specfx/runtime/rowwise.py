@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria, logits_process
 
 from specfx.runtime.choice import Record
@@ -26,7 +27,7 @@ POINTWISE_PROCESSORS = _processors(
 ROWWISE_PROCESSORS = POINTWISE_PROCESSORS + _processors(
     *("RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"),
     *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor"),
-    *("SuppressTokensAtBeginLogitsProcessor", "ExponentialDecayLengthPenalty"),
+    *("SuppressTokensAtBeginLogitsProcessor", "ExponentialDecayLengthPenalty", "PrefixConstrainedLogitsProcessor"),
 )
 """Processors that treat each row by itself, so that rows of a batch may be at different lengths."""
 
@@ -36,21 +37,21 @@ def is_pointwise(processors: LogitsProcessorList) -> bool:
 
 
 def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
-    """The processors for one row of the batch; None if there are none. The repetition penalty holds the padding of every row."""
-    if not any(_is_of_rows(p) for p in processors):
-        return processors or None
-    own = LogitsProcessorList()
-    for processor in processors:
-        if _is_of_rows(processor):
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = processor.prompt_ignore_length[row : row + 1]
-        own.append(processor)
-    return own
+    """The processors for one row of the batch; None if there are none."""
+    own = LogitsProcessorList([_for_row(p, row) for p in processors])
+    return processors or None if all(a is b for a, b in zip(own, processors, strict=True)) else own
 
 
-def _is_of_rows(processor: object) -> bool:
+def _for_row(processor: Any, row: int) -> Any:
+    """The repetition penalty holds the padding of every row; a function of allowed tokens is told the row's number."""
     ignored = getattr(processor, "prompt_ignore_length", None)
-    return isinstance(ignored, Tensor) and len(ignored) > 1
+    if isinstance(ignored, Tensor) and len(ignored) > 1:
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    elif row and isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed, processor = processor._prefix_allowed_tokens_fn, copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda batch, ids: allowed(row, ids)
+    return processor
 
 
 class Stop:
