@@ -4,7 +4,7 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 if _TYPE_CHECKING:
-    from specfx.api import drafter_of, explain, restore, speculate, speculating, stats
+    from specfx.api import PageCache, drafter_of, explain, restore, speculate, speculating, stats
     from specfx.errors import SpecfxError
 
 _here = _Path(__file__).parent
@@ -14,7 +14,7 @@ if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
-__all__ = ["SpecfxError", "drafter_of", "explain", "restore", "speculate", "speculating", "stats"]
+__all__ = ["PageCache", "SpecfxError", "drafter_of", "explain", "restore", "speculate", "speculating", "stats"]
 
 
 def __getattr__(name: str) -> object:

@@ -21,6 +21,7 @@ from specfx.errors import OptionError, Reason, Refusal, SpecfxError, Unsupported
 from specfx.generate import SpeculativeGenerate
 from specfx.options import CommonOptions, parse
 from specfx.report import Report
+from specfx.runtime.page_cache import PageCache
 from specfx.runtime.stats import Stats
 from specfx.support import require_plain_model
 
@@ -88,6 +89,11 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     assert prepared is not None
     assert drafter is not None
     engine = ladder.engine
+    if prepared.lock.acquire(blocking=False):  # else a call is running, which has done it
+        try:
+            ladder.keeper.collect()
+        finally:
+            prepared.lock.release()
     pages, in_use, page_size = kv_pool(engine)
     waiting = [r for r in (ladder.compiling, prepared.apart(drafter.drafting)) if r is not None]
     refusals = [*prepared.refusals, *ladder.refusals, *waiting, *drafter.refusals]
@@ -149,4 +155,4 @@ def _same_engine(a: CommonOptions, b: CommonOptions) -> bool:
     return all(getattr(a, f) == getattr(b, f) for f in fields)
 
 
-__all__ = ["SpecfxError", "drafter_of", "engine_of", "explain", "restore", "speculate", "speculating", "stats"]
+__all__ = ["PageCache", "SpecfxError", "drafter_of", "engine_of", "explain", "restore", "speculate", "speculating", "stats"]

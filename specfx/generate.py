@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import threading
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -20,9 +21,12 @@ from transformers.generation import GenerationMixin, GenerationMode, StopStringC
 
 from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter
+from specfx.engines.base import Engine
 from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
 from specfx.options import CommonOptions, parse
+from specfx.runtime import page_cache
+from specfx.runtime.budget import Budget
 from specfx.runtime.decode import speculative_decode
 from specfx.runtime.stats import CallStats, Stats
 from specfx.support import require_plain_model
@@ -50,6 +54,7 @@ class SpeculativeGenerate:
         self.stats = Stats()
         self.stock_calls: Counter[str] = Counter()
         self.lock = threading.RLock()
+        self._budgets: weakref.WeakKeyDictionary[Engine, Budget] = weakref.WeakKeyDictionary()
         self.__doc__ = type(model).generate.__doc__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeGenerate:
@@ -99,14 +104,18 @@ class SpeculativeGenerate:
         assert self.prepared is not None
         with self.prepared.lock:
             assert self.drafter is not None
+            ladder.keeper.collect()
             decode = functools.partial(
                 speculative_decode,
-                engine=ladder.engine,
+                keeper=ladder.keeper,
                 drafter=self.drafter,
                 max_nodes=self.common.num_speculative_tokens,
+                budget=self._budgets.setdefault(ladder.engine, Budget()),
                 stats=call,
                 record_stock=self._stock,
                 streamer=kwargs.get("streamer"),
+                prefill_callback=self.common.prefill_callback,
+                cache=kwargs.get("past_key_values"),
             )
             try:
                 with call.timed("total"):
@@ -152,9 +161,16 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
         if kwargs.get(name) is not None:
             return name
-    for name in ("position_ids", "past_key_values"):  # a cache of the caller's is there to be filled
-        if kwargs.get(name) is not None:
-            return f"{name} given by the caller"
+    if kwargs.get("position_ids") is not None:
+        return "position_ids given by the caller"
+    cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if cache is not None and page_cache.beside(cache) is None:
+        return "past_key_values that other code has filled or changed, or of another kind than a DynamicCache"
+    if cache is not None and config.use_cache is False:
+        return "past_key_values with use_cache=False"
+    prompt = kwargs.get("input_ids", kwargs.get("inputs"))
+    if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
+        return "an attention mask that is not of the input_ids' shape"
     if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
         return "stop_strings in the model's generation_config"
     for name in ("use_mtp", "token_healing"):

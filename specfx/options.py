@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class CommonOptions:
     compiles. num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
     kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of
     free memory). page_size: tokens a page. disable_passes: names of passes to leave out. cuda_graphs: on a GPU, replay steps as CUDA
-    graphs.
+    graphs. prefill_callback: called with (tokens done, tokens of all prompts of the call) after each piece of a prompt.
     """
 
     engine: str = "auto"
@@ -46,6 +47,7 @@ class CommonOptions:
     page_size: int = 64
     disable_passes: tuple[str, ...] = ()
     cuda_graphs: bool = True
+    prefill_callback: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         _check(self.engine in ENGINES, "engine", self.engine, f"must be one of {', '.join(ENGINES)}")
@@ -60,6 +62,9 @@ class CommonOptions:
         _check(type(self.page_size) is int and self.page_size >= 1, "page_size", self.page_size, "must be an int >= 1")
         named = not isinstance(self.disable_passes, str) and all(isinstance(p, str) for p in self.disable_passes)
         _check(named, "disable_passes", self.disable_passes, "must be a sequence of names of passes")
+        _check(
+            self.prefill_callback is None or callable(self.prefill_callback), "prefill_callback", self.prefill_callback, "must be callable"
+        )
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         _check(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "must be True or False")
 

@@ -344,3 +344,23 @@ def test_an_attention_that_takes_no_masks_is_replaced_on_the_clone_only() -> Non
     assert engine.verifies == "trees"
     assert engine.model.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == "flex_attention"
+
+
+def test_a_sequence_begins_with_what_another_holds() -> None:
+    model = tiny_model("gemma3")
+    engine = EagerEngine(model)
+    text = [9, 3, 7, 5, 2, 6, 4, 8, 1, 12, 14]
+    engine.add(0, 40)
+    engine.forward([Rows(0, text[:-1])])
+    engine.commit(0, range(10))
+    for seq, shared in ((1, 9), (2, 10), (3, 40)):
+        engine.add(seq, 40, 0, shared)
+        taken = engine.inherit(seq)
+        assert taken == engine.length(seq) == min(shared, 10)
+        (output,) = engine.forward([Rows(seq, [*text[taken:], 77])])
+        torch.testing.assert_close(output.logits[-1], model(torch.tensor([[*text, 77]])).logits[0, -1], rtol=1e-4, atol=1e-4)
+    engine.add(4, 40, 0, 5)
+    engine.remove(0)
+    assert engine.inherit(4) == engine.length(4) == 0
+    engine.add(5, 40)
+    assert engine.inherit(5) == 0

@@ -256,15 +256,44 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(capacity=st.integers(0, 20))
     def add(self, capacity: int) -> None:
+        self._add(capacity, None, 0)
+
+    def _add(self, capacity: int, source: int | None, shared: int) -> bool:
         self.ids += 1
-        if self.LIMIT is not None and sum(self.pages.values()) + -(-capacity // 3) > self.LIMIT:
+        shares = 0 if source is None else min(shared, self.pool._final(source)) // 3
+        if self.LIMIT is not None and self.pool.pages_in_use + -(-capacity // 3) - shares > self.LIMIT:
             before = state_of(self.pool)
             with pytest.raises(KVPoolError):
-                self.pool.add(self.ids, capacity)
+                self.pool.add(self.ids, capacity, source, shared)
             assert state_of(self.pool) == before
-            return
-        self.pool.add(self.ids, capacity)
+            return False
+        self.pool.add(self.ids, capacity, source, shared)
         self.capacity[self.ids], self.kept[self.ids], self.fresh[self.ids] = capacity, [], []
+        return True
+
+    @precondition(lambda self: self.capacity)
+    @rule(data=st.data(), more=st.integers(0, 9), gone=st.booleans())
+    def add_with_a_common_prefix(self, data: st.DataObject, more: int, gone: bool) -> None:
+        """Its source may have moves to do, may go before it is inherited from, and goes on afterwards."""
+        source = data.draw(st.sampled_from(sorted(self.capacity)))
+        shared = data.draw(st.integers(0, len(self.kept[source])))
+        if not self._add(shared + more, source, shared):
+            return
+        new, prefix = self.ids, self.kept[source][:shared]
+        if gone:
+            prefix = prefix[: self.pool._sequences[new].common * 3]
+            self.pool.remove(source)
+            self._forget(source)
+        else:
+            with pytest.raises(ValueError, match="has not inherited"):
+                self.pool.begin([new], [1])
+        assert self.pool.inherit(new) == len(prefix)
+        self.kept[new] = list(prefix)
+        self._forward([new], [data.draw(st.integers(0, self.pages[new] * 3 - len(prefix)))])
+
+    def _forget(self, seq: int) -> None:
+        for state in (self.capacity, self.kept, self.fresh):
+            del state[seq]
 
     @precondition(lambda self: self.capacity)
     @rule(data=st.data())
@@ -296,17 +325,32 @@ class PoolMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.capacity)
     @rule(data=st.data())
+    def trim(self, data: st.DataObject) -> None:
+        seq = data.draw(st.sampled_from(sorted(self.capacity)))
+        before = self.pages[seq]
+        self.pool.trim(seq)
+        self.capacity[seq], self.fresh[seq] = len(self.pool._sequences[seq].pages) * 3, []
+        assert -(-len(self.kept[seq]) // 3) <= self.pages[seq] <= before
+        if not self.pool._sequences[seq].moves:
+            assert self.pages[seq] == -(-len(self.kept[seq]) // 3)
+
+    @precondition(lambda self: self.capacity)
+    @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         seq = data.draw(st.sampled_from(sorted(self.capacity)))
         self.pool.remove(seq)
-        for state in (self.capacity, self.kept, self.fresh):
-            del state[seq]
+        self._forget(seq)
 
     @invariant()
-    def every_page_is_free_or_has_one_owner(self) -> None:
-        owned = [page for s in self.pool._sequences.values() for page in s.pages]
-        assert sorted(owned + self.pool._free) == list(range(self.pool.pages))
-        assert self.pool.pages_in_use == sum(self.pages.values()) == len(owned)
+    def every_page_is_free_or_has_its_users(self) -> None:
+        """Of several users each has committed the whole page."""
+        users: dict[int, list[bool]] = {}
+        for seq, s in self.pool._sequences.items():
+            for i, page in enumerate(s.pages):
+                users.setdefault(page, []).append(len(self.kept[seq]) >= 3 * (i + 1))
+        assert sorted([*users, *self.pool._free]) == list(range(self.pool.pages))
+        assert self.pool.pages_in_use == len(users)
+        assert all(len(full) == 1 or all(full) for full in users.values())
         assert self.LIMIT is None or self.pool.pages <= self.LIMIT
         assert [self.pool.length(seq) for seq in self.kept] == [len(kept) for kept in self.kept.values()]
 
@@ -459,6 +503,47 @@ def test_a_forward_that_does_not_fit_changes_nothing(new_engine: Callable[[], Pa
         engine.forward([Rows(0, [1, 2, 3, 4, 5, 6])])
     assert state_of(engine.pool) == before
     assert all(torch.equal(a, b) for a, b in zip(engine.pool.pools, pools, strict=True))
+
+
+@pytest.mark.parametrize("shared", [3, 4, 7, 8, 9])
+def test_a_common_prefix_is_stored_once_and_read_by_all(new_engine: Callable[[], PagedEngine], shared: int) -> None:
+    """Pages are of 4 tokens. The source has accepted a tree with gaps that is still to be moved together, and then goes on."""
+    engine, fresh = new_engine(), new_engine()
+    engine.add(0, 40)
+    engine.forward([Rows(0, [9, 3, 7, 5, 2])])
+    engine.commit(0, range(5))
+    engine.forward([Rows(0, [6], DraftTree((1, 2, 3, 4, 5), (-1, -1, 0, 1, 3), (1.0,) * 5))])
+    engine.commit(0, [0, 2, 4, 5])
+    text = [9, 3, 7, 5, 2, 6, 2, 4, 5]
+    before = engine.pool.pages_in_use
+    engine.add(1, 20, 0, shared)
+    assert engine.pool.pages_in_use == before + 5 - (shared >= 4), "the second page is still to be written by moves"
+    assert engine.inherit(1) == engine.length(1) == shared
+    for seq, known in ((1, text[:shared]), (0, text), (1, [*text[:shared], 11])):
+        (output,) = engine.forward([Rows(seq, [11])])
+        torch.testing.assert_close(output.logits, causal_logits(fresh, [*known, 11])[-1:], rtol=1e-3, atol=1e-3)
+        engine.commit(seq, [0])
+    engine.remove(0)
+    poison(engine)
+    (output,) = engine.forward([Rows(1, [12])])
+    torch.testing.assert_close(output.logits, causal_logits(fresh, [*text[:shared], 11, 11, 12])[-1:], rtol=1e-3, atol=1e-3)
+    engine.remove(1)
+    assert engine.pool.pages_in_use == 0
+
+
+def test_a_source_that_lacks_what_is_shared(new_engine: Callable[[], PagedEngine]) -> None:
+    engine = new_engine()
+    engine.add(0, 12)
+    engine.add(1, 12, 0, 9)  # to come
+    with pytest.raises(ValueError, match="1 begins with 9 tokens of 0, which were never committed there"):
+        engine.inherit(1)
+    engine.forward([Rows(0, [9, 3, 7, 5, 2])])
+    engine.commit(0, range(5))
+    engine.remove(0)
+    with pytest.raises(ValueError, match="never committed"):
+        engine.inherit(1)
+    engine.remove(1)
+    assert engine.pool.pages_in_use == 0
 
 
 def test_each_sequence_appears_once_in_a_forward(new_engine: Callable[[], PagedEngine]) -> None:

@@ -1,8 +1,9 @@
 """What an engine is: it holds the keys and values of sequences and runs the target over new rows of them.
 
-The runtime needs four verbs and knows nothing else::
+The runtime needs five verbs and knows nothing else::
 
-    engine.add(seq, capacity)                  # room for `capacity` tokens, or KVPoolError
+    engine.add(seq, capacity, source, shared)  # room for `capacity` tokens, or KVPoolError
+    engine.inherit(seq)                        # its first tokens are those of `source`: they need no forward of their own
     out = engine.forward([Rows(seq, ...)])     # one target forward over all given rows of all given sequences
     engine.commit(seq, rows)                   # of the last forward, these rows of `seq` stay in its KV; the rest is rolled back
     engine.remove(seq)                         # all its memory is free again
@@ -76,8 +77,14 @@ class Engine(Protocol):
     max_rows: int
     """Most rows of a causal run that one forward should take, for its memory's sake."""
 
-    def add(self, seq: int, capacity: int) -> None:
-        """Reserve room for `capacity` tokens of a new sequence. Raises `KVPoolError` before anything is changed."""
+    def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
+        """Reserve room for `capacity` tokens of a new sequence. Raises `KVPoolError` before anything is changed.
+
+        source: another sequence, whose first `shared` tokens, present or to come, the new one begins with."""
+
+    def inherit(self, seq: int) -> int:
+        """Commit to `seq`, once and before its first forward, what of its `source` it can take over; how many tokens that is, at most
+        `shared`. The next forward must be one of `seq`, before its source is removed. Without a source: 0."""
 
     def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
         """One target forward. Each sequence appears at most once. Nothing is committed until `commit`."""
@@ -87,6 +94,9 @@ class Engine(Protocol):
 
         A second `forward` of a sequence without a `commit` in between rolls the first one back entirely.
         """
+
+    def trim(self, seq: int) -> None:
+        """Give back the room that `seq` has not used: no forward of it follows, others may still begin with its tokens."""
 
     def remove(self, seq: int) -> None:
         """Free everything of `seq`. Unknown ids are ignored."""

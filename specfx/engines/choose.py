@@ -41,6 +41,7 @@ from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pack_linears import pack_linears
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
+from specfx.runtime.held import Keeper
 
 log = logging.getLogger("specfx")
 
@@ -77,6 +78,7 @@ class Ladder:
 
     def __init__(self, engine: Engine, module: fx.GraphModule | None = None, prove: Prove | None = None) -> None:
         self.engine, self.module, self._prove = engine, module, prove
+        self.keeper = Keeper(engine)
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
         self.seconds: dict[str, float] = {}
@@ -100,6 +102,8 @@ class Ladder:
         """A compiled engine that has become ready takes over, and packs the weights again if they have changed in place."""
         if self._ready is not None:
             self.engine, self._ready = self._ready, None
+            self.keeper = Keeper(self.engine)
+        self.keeper.follow(weights)
         if isinstance(self.engine, CompiledEngine) and self.engine.packed_at != weights:
             self.engine.refresh()
             self.engine.packed_at = weights

@@ -62,12 +62,24 @@ class EagerEngine:
         self.verifies, self.refusals = probe(self)
         self._sequences.clear()
 
-    def add(self, seq: int, capacity: int) -> None:
+    def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
         """Begin sequence `seq`. Its cache grows as it must, so `capacity` (tokens) reserves nothing. Raises `ValueError` for a used id."""
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} exists already; remove it before its id is used again")
         assert self.model is not None
-        self._sequences[seq] = Past(self.model.config)
+        past = self._sequences[seq] = Past(self.model.config)
+        past.source, past.shared = source, shared
+
+    def inherit(self, seq: int) -> int:
+        """See `Engine.inherit`. The keys and values are copied; a source that has gone, or that has states, leaves nothing."""
+        past = self._sequences[seq]
+        source = None if past.source is None else self._sequences.get(past.source)
+        if source is not None:
+            past.copy_beginning(source, past.shared)
+        return past.length
+
+    def trim(self, seq: int) -> None:
+        self._sequences[seq].roll_back()
 
     def remove(self, seq: int) -> None:
         self._sequences.pop(seq, None)

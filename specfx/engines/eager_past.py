@@ -73,7 +73,7 @@ def _copied(states: dict[int, Any]) -> dict[int, Any]:
 
 class Past:
     """State of one sequence. length: committed tokens. rows: tokens of a forward's rows that are not committed yet. unfed: the last of
-    the committed tokens, as far as the cache doesn't hold them (none without states).
+    the committed tokens, as far as the cache doesn't hold them (none without states). source, shared: as in `Engine.add`.
 
     cache: holds the committed tokens but the unfed ones; after a forward, also these and the rows.
     """
@@ -85,12 +85,26 @@ class Past:
         self.length = 0
         self.rows: list[int] = []
         self.unfed: list[int] = []
+        self.source: int | None = None
+        self.shared = 0
         self._snapshot: Snapshot | None = None
 
     @property
     def held(self) -> int:
         """Committed tokens that the cache holds."""
         return self.length - len(self.unfed)
+
+    @torch.inference_mode()
+    def copy_beginning(self, other: Past, tokens: int) -> None:
+        """Begin with copies of the first `tokens` committed tokens' keys and values, or with as many as `other` has; with nothing where
+        there are states, which can't be cut."""
+        if self.has_states:
+            return
+        self.length = min(tokens, other.length)
+        layers: list[Any] = other.cache.layers
+        for i, layer in enumerate(layers):
+            if getattr(layer, "keys", None) is not None:  # else it shares the keys of another
+                self.cache.update(*(x[..., : self.length, :].clone() for x in (layer.keys, layer.values)), i)
 
     def begin(self) -> None:
         """Before a forward of the unfed tokens and new rows: keep what undoes it."""

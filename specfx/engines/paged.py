@@ -107,8 +107,15 @@ class PagedEngine:
         self.pool.scratch(tokens)
         self._scratch_tokens = tokens
 
-    def add(self, seq: int, capacity: int) -> None:
-        self.pool.add(seq, capacity + self.draft_rows)
+    def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
+        # the stitched head's row of the last shared token is paired with the token behind it, which may not be shared
+        self.pool.add(seq, capacity + self.draft_rows, source, max(0, shared - self.drafts))
+
+    def inherit(self, seq: int) -> int:
+        return self.pool.inherit(seq)
+
+    def trim(self, seq: int) -> None:
+        self.pool.trim(seq)
 
     def remove(self, seq: int) -> None:
         self.pool.remove(seq)

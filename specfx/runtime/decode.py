@@ -8,46 +8,38 @@ the stock `_sample` with the reason recorded.
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     MaxLengthCriteria,
     MaxTimeCriteria,
     StopStringCriteria,
-    logits_process,
 )
 from transformers.generation.streamers import BaseStreamer
 
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine
+from specfx.errors import KVPoolError
+from specfx.runtime import page_cache
+from specfx.runtime.budget import Budget
+from specfx.runtime.choice import Record
+from specfx.runtime.held import Held, Keeper
+from specfx.runtime.page_cache import PageCache
+from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row
 from specfx.runtime.session import Committed, Runtime
 from specfx.runtime.stats import CallStats
 
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
-_ROWWISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
-_ROWWISE_PROCESSORS = tuple(
-    getattr(logits_process, name)
-    for name in (
-        *("RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"),
-        *(
-            "MinLengthLogitsProcessor",
-            "MinNewTokensLengthLogitsProcessor",
-            "ForcedBOSTokenLogitsProcessor",
-            "ForcedEOSTokenLogitsProcessor",
-        ),
-        *("SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor", "LogitNormalization", "InfNanRemoveLogitsProcessor"),
-        *("ExponentialDecayLengthPenalty", "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"),
-        *("TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper"),
-    )
-)
-"""Processors that treat each row by itself, so that rows of a batch may be at different lengths."""
+FEWEST_SHARED = 16
+"""Tokens that a prompt must have in common with another sequence to share its memory: copying the rest of a page costs as much as running
+about so many."""
 
 
 def stock_reason(
@@ -58,34 +50,33 @@ def stock_reason(
     streamer: BaseStreamer | None,
     engine: Engine,
     inputs: dict[str, Any],
+    cache: DynamicCache | None = None,
+    pages: PageCache | None = None,
 ) -> str | None:
     """Why this call goes to the stock method; None if it is accelerated."""
     if engine.verifies == "nothing":
         return "no engine can verify drafts on this model"
     if config.return_dict_in_generate:
-        asked = [n for n in ("output_scores", "output_logits", "output_attentions", "output_hidden_states") if getattr(config, n, False)]
+        asked = [n for n in ("output_attentions", "output_hidden_states") if getattr(config, n, False)]
         if asked:
             return ", ".join(asked)
-        if config.use_cache is not False:  # stock hands its cache back, and pages are none
-            return "return_dict_in_generate with past_key_values (pass use_cache=False if you don't need them)"
     if config.cache_implementation is not None:
         return f"cache_implementation={config.cache_implementation!r}"
-    cache = inputs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        return "past_key_values from an earlier call"
     if getattr(inputs.get("cache_params"), "_is_user_defined", False):  # Mamba's; a cache of the caller's is there to be filled
         return "cache_params given by the caller"
+    mask = inputs.get("attention_mask")
+    if pages is not None and pages is not cache and not pages.is_of(input_ids, mask):
+        return "input_ids that don't go on from past_key_values"
     unknown = sorted(k for k, v in inputs.items() if v is not None and k not in _KNOWN_INPUTS)
     if unknown:
         return f"model inputs {', '.join(unknown)}"
-    mask = inputs.get("attention_mask")
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention mask that is not left padding"
     if mask is not None and not bool(mask.any(-1).all()):
         return "a row of padding only"
     if input_ids.shape[0] > 1:
-        other = [type(p).__name__ for p in processors if not isinstance(p, _ROWWISE_PROCESSORS)]
-        other += [type(c).__name__ for c in criteria if not isinstance(c, _ROWWISE_CRITERIA)]
+        other = [type(p).__name__ for p in processors if not isinstance(p, ROWWISE_PROCESSORS)]
+        other += [type(c).__name__ for c in criteria if not isinstance(c, ROWWISE_CRITERIA)]
         if other:
             return f"{', '.join(other)} may look across the rows of a batch"
         if streamer is not None:
@@ -96,46 +87,6 @@ def stock_reason(
     return None
 
 
-def _of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
-    """The processors for one row of the batch; None if there are none. The repetition penalty holds the padding of every row."""
-    own = LogitsProcessorList()
-    for processor in processors:
-        ignored = getattr(processor, "prompt_ignore_length", None)
-        if isinstance(ignored, Tensor) and len(ignored) > 1:
-            processor = copy.copy(processor)
-            processor.prompt_ignore_length = ignored[row : row + 1]
-        own.append(processor)
-    return own or None
-
-
-class _Stop:
-    """The stopping criteria of one row: called with each new token in order; True ends the row after it.
-
-    End tokens and lengths are compared as ints; any other criterion sees the row ``[1, L]`` with the token appended, as in stock.
-    """
-
-    def __init__(self, row: Sequence[int], criteria: StoppingCriteriaList, device: torch.device) -> None:
-        self.ends: set[int] = set()
-        self.lengths: list[int] = []
-        self.others = []
-        for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
-                self.ends.update(criterion.eos_token_id.tolist())
-            elif isinstance(criterion, MaxLengthCriteria):
-                self.lengths.append(criterion.max_length)
-            else:
-                self.others.append(criterion)
-        self.row, self.device = list(row), device
-
-    def __call__(self, token: int) -> bool:
-        self.row.append(token)
-        done = token in self.ends or any(len(self.row) >= length for length in self.lengths)
-        if self.others:
-            ids = torch.tensor([self.row], device=self.device)
-            done |= any([bool(torch.as_tensor(criterion(ids, None)).all()) for criterion in self.others])
-        return done
-
-
 def speculative_decode(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -143,19 +94,24 @@ def speculative_decode(
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    engine: Engine,
+    keeper: Keeper,
     drafter: Drafter,
     max_nodes: int,
+    budget: Budget,
     stats: CallStats,
     record_stock: Callable[[str], None],
     streamer: BaseStreamer | None = None,
+    prefill_callback: Callable[[int, int], None] | None = None,
+    cache: DynamicCache | None = None,
     **inputs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    """A decoding method for `generate`; input_ids ``[B, L]`` -> ``[B, L + new]``.
+    """A decoding method for `generate` on the engine of `keeper`; input_ids ``[B, L]`` -> ``[B, L + new]``.
 
+    cache: the caller's, which `page_cache.beside` accepts; it is filled.
     Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call.
     """
-    reason = stock_reason(input_ids, logits_processor, stopping_criteria, generation_config, streamer, engine, inputs)
+    config, engine, pages = generation_config, keeper.engine, page_cache.beside(cache)
+    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, inputs, cache, pages)
     if reason is not None:
         record_stock(reason)
         return type(model)._sample(
@@ -163,34 +119,42 @@ def speculative_decode(
             input_ids,
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
+            generation_config=config,
             streamer=streamer,
             **inputs,
         )
     mask = inputs.get("attention_mask")
     rows: list[list[int]] = input_ids.tolist()
     pads = [0] * len(rows) if mask is None else (mask == 0).sum(-1).tolist()
+    prompts = [row[pad:] for row, pad in zip(rows, pads, strict=True)]
     limit = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
     if limit is None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
-    seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if generation_config.do_sample else None
-    runtime = Runtime(engine, drafter, max_nodes, stats)
+    seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if config.do_sample else None
+    recorded = config.return_dict_in_generate and (config.output_scores or config.output_logits)
+    records = [Record() if recorded else None for _ in rows]
+    if pages is None and config.return_dict_in_generate and config.use_cache is not False:
+        cache = pages = PageCache()
+    progress = _Progress(prefill_callback, sum(map(len, prompts)))
+    runtime = Runtime(engine, drafter, max_nodes, stats, progress=progress, chunk=config.prefill_chunk_size, budget=budget)
     generated: dict[int, list[int]] = {}
     try:
-        seqs = [runtime.reserve(len(row) - pad, limit - len(row)) for row, pad in zip(rows, pads, strict=True)]
-        for i, (row, pad, seq) in enumerate(zip(rows, pads, seqs, strict=True)):
-            stop = _Stop(row, stopping_criteria, input_ids.device)
-            processor = _of_row(logits_processor, i)
+        seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], None if pages is None else pages.held)
+        for i, (row, prompt, seq, record) in enumerate(zip(rows, prompts, seqs, records, strict=True)):
+            stop = Stop(row, stopping_criteria, input_ids.device, record)
             first = runtime.add(
-                row[pad:],
+                prompt,
                 limit - len(row),
                 stop,
-                processor,
+                of_row(logits_processor, i),
                 seen=row,
                 seq=seq,
                 device=input_ids.device,
                 ends=sorted(stop.ends),
                 key=None if seed is None else (seed, i),
+                pointwise=is_pointwise(logits_processor),
+                keep=recorded or pages is not None,
+                record=record,
             )
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)
@@ -198,14 +162,98 @@ def speculative_decode(
             for committed in runtime.step():
                 generated[committed.seq] += committed.tokens
                 _stream(streamer, committed)
+        sequences = _lay_out(input_ids, list(generated.values()), config)
+        if recorded:
+            _record_padding(runtime, logits_processor, sequences, generated, records)
+        if cache is not None and pages is not None:
+            for seq in seqs:
+                engine.trim(seq)
+            page_cache.fill(cache, pages, model, sequences, mask, keeper.hold({seq: runtime.kept.pop(seq) for seq in seqs}))
     finally:
         runtime.close()
     if streamer is not None:
         streamer.end()
-    sequences = _lay_out(input_ids, list(generated.values()), generation_config)
-    if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=sequences)
-    return sequences
+    if not config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=_by_step([r.scores for r in records if r is not None]) if config.output_scores else None,
+        logits=_by_step([r.logits for r in records if r is not None]) if config.output_logits else None,
+        past_key_values=cache,
+    )
+
+
+class _Progress:
+    """Tells a callback how many tokens of all prompts are done."""
+
+    def __init__(self, callback: Callable[[int, int], None] | None, total: int) -> None:
+        self.callback, self.total, self.done = callback, total, 0
+
+    def __call__(self, tokens: int) -> None:
+        self.done += tokens
+        if self.callback is not None:
+            self.callback(self.done, self.total)
+
+
+def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: int, held: Held | None) -> list[int]:
+    """Room for all rows, `room` new tokens each. A row shares the memory of what it has in common with a held sequence or an earlier row.
+
+    Sequences that are held for later calls go where the memory is needed, those of `held` last. Raises `KVPoolError`.
+    """
+    if held is not None and not held.is_in(keeper):
+        held = None
+    known = {} if held is None else {s: t[: keeper.engine.length(s)] for s, t in zip(held.seqs, held.texts, strict=True)}
+    runtime.make_room = functools.partial(keeper.make_room, held)
+    seqs: list[int] = []
+    try:
+        for i, prompt in enumerate(prompts):
+            source: int | None = None
+            if i and prompt == prompts[i - 1]:
+                shared, source = len(prompt), seqs[-1]
+            else:
+                shared, best = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, -1))
+                source = best if shared >= FEWEST_SHARED else None
+            seqs.append(runtime.reserve(len(prompt), room, source, shared))
+            known[seqs[-1]] = prompt
+    except KVPoolError:
+        if held is None:
+            raise
+        runtime.close()
+        return _reserve(runtime, keeper, prompts, room, None)
+    return seqs
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """Tokens that both begin with."""
+    if not a or not b or a[0] != b[0]:
+        return 0
+    low, high = 1, min(len(a), len(b))  # slices are compared at the speed of C
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[low:middle] == b[low:middle] else (low, middle - 1)
+    return low
+
+
+def _record_padding(
+    runtime: Runtime, processors: LogitsProcessorList, sequences: Tensor, generated: dict[int, list[int]], records: Sequence[Record | None]
+) -> None:
+    """Rows that ended early have scores behind their end too: stock runs on over their padding."""
+    texts: list[list[int]] = sequences.tolist()
+    width = max(map(len, generated.values()))
+    for i, ((seq, tokens), text, record) in enumerate(zip(generated.items(), texts, records, strict=True)):
+        if record is None or len(tokens) == width:
+            continue
+        end = len(text) - width + len(tokens)
+        processor = of_row(processors, i)
+        for place, raw in enumerate(runtime.logits_on(seq, text[end:-1]), start=end):
+            raw = raw.to(sequences.device, torch.float32, copy=True)
+            record.logits.append(raw)
+            record.scores.append(raw if processor is None else processor(sequences[i : i + 1, :place], raw[None].clone())[0])
+
+
+def _by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """For each step the rows ``[B, V]``."""
+    return tuple(torch.stack(step) for step in zip(*rows, strict=True))
 
 
 def _stream(streamer: BaseStreamer | None, committed: Committed) -> None:

@@ -3,8 +3,11 @@
 One page number stands for the same page in every layer's pair of pools. A sequence reserves all pages that it can need when it is
 added, so a step never fails for want of memory. A forward writes its rows behind the committed tokens; `commit` keeps an accepted path of
 them by noting *moves*, which the next forward's fused op carries out (in order, so overlapping moves are safe); rows not kept are
-simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of the free memory is a hard bound. What a forward
-must be told (page tables, moves) is made on the host; the engine brings it to the device.
+simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of the free memory is a hard bound. What a
+forward must be told (page tables, moves) is made on the host; the engine brings it to the device.
+
+Sequences that begin with the same tokens share the full pages of them: a sequence writes behind its committed tokens only, so a full page
+into which nothing is to be moved is never written again. Of what comes after those, a sequence has a copy of its own (`inherit`).
 """
 
 from __future__ import annotations
@@ -33,12 +36,16 @@ class LayerShape:
 
 @dataclass
 class _Sequence:
-    """State of one sequence. fresh: rows of the last forward that are neither committed nor rolled back."""
+    """State of one sequence. fresh: rows of the last forward that are neither committed nor rolled back. source, shared: the sequence
+    whose first `shared` tokens are this one's too, until `inherit`. common: pages that are the source's too."""
 
     pages: list[int]
     length: int = 0
     fresh: int = 0
     moves: list[tuple[int, int]] = field(default_factory=list)
+    source: int | None = None
+    shared: int = 0
+    common: int = 0
 
 
 def free_memory(device: torch.device) -> int:
@@ -68,6 +75,7 @@ class KVPool:
         self.pools: list[Tensor] = [torch.empty(0, page_size, s.heads, s.width, dtype=s.dtype, device=device) for s in shapes]
         self._free: list[int] = []
         self._scratch: list[int] = []
+        self._users: dict[int, int] = {}  # of each page that is in use
         self._sequences: dict[int, _Sequence] = {}
         self._tables: tuple[tuple[int, ...], Tensor] | None = None
 
@@ -78,15 +86,42 @@ class KVPool:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
-    def add(self, seq: int, capacity: int) -> None:
-        """Reserve pages for `capacity` tokens. Raises `KVPoolError` (nothing changed) or `ValueError` for an id in use."""
+    def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
+        """Reserve pages for `capacity` tokens. source: a sequence whose first `shared` tokens, present or to come, `seq` begins with;
+        then `inherit` must follow. Raises `KVPoolError` (nothing changed) or `ValueError` for an id in use."""
         if seq in self._sequences:
             raise ValueError(f"sequence {seq} exists already")
-        need = self.pages_for(capacity)
+        common = [] if source is None else self._sequences[source].pages[: min(shared, self._final(source)) // self.page_size]
+        need = self.pages_for(capacity) - len(common)
         if need > len(self._free):
             self._grow(self.pages_in_use + need)
-        self._sequences[seq] = _Sequence([self._free.pop() for _ in range(need)])
+        pages = common + [self._free.pop() for _ in range(need)]
+        for page in pages:
+            self._users[page] = self._users.get(page, 0) + 1
+        self._sequences[seq] = _Sequence(pages, source=source, shared=shared, common=len(common))
         self._tables = None
+
+    def inherit(self, seq: int) -> int:
+        """`seq` begins with what its source, if it was given one, holds by now; how many tokens that is. A forward of `seq` must follow
+        before its source goes: moves are inherited too. Raises `ValueError` if the source lacks some of the tokens."""
+        sequence = self._sequences[seq]
+        if sequence.source is None:
+            return sequence.length
+        source = self._sequences.get(sequence.source)
+        if source is None or source.length < sequence.shared:
+            raise ValueError(f"sequence {seq} begins with {sequence.shared} tokens of {sequence.source}, which were never committed there")
+        if self._final(sequence.source) < sequence.common * self.page_size:
+            raise ValueError(f"sequence {sequence.source} is to move tokens into pages that sequence {seq} shares")
+        with torch.inference_mode():  # where pools may have been made, and may be written whichever way they were
+            for i in range(sequence.common, self.pages_for(sequence.shared)):
+                rows = min(self.page_size, sequence.shared - i * self.page_size)
+                for pool in self.pools:
+                    pool[sequence.pages[i], :rows] = pool[source.pages[i], :rows]
+        for start, end in source.moves:
+            if (position := self._position(source, end)) < sequence.shared:
+                sequence.moves.append((start, self._slot(sequence, position)))
+        sequence.length, sequence.source = sequence.shared, None
+        return sequence.length
 
     def _grow(self, pages: int) -> None:
         if self.limit is not None and pages > self.limit:
@@ -123,11 +158,36 @@ class KVPool:
         return range(present, target)
 
     def remove(self, seq: int) -> None:
-        """Give the pages of `seq` back; unknown ids are ignored."""
-        sequence = self._sequences.pop(seq, None)
-        if sequence is not None:
-            self._free.extend(reversed(sequence.pages))
-            self._tables = None
+        """Give the pages of `seq` back that no other sequence uses; unknown ids are ignored."""
+        sequence = self._sequences.get(seq)
+        if sequence is None:
+            return
+        for heir in self._sequences.values():  # what it shares it keeps, if that is written
+            if heir.source == seq and (full := heir.common * self.page_size) <= min(sequence.length, self._final(seq)):
+                heir.length, heir.source = full, None
+        del self._sequences[seq]
+        self._give_back(sequence.pages)
+
+    def trim(self, seq: int) -> None:
+        """Give back the pages behind what is committed or still to be moved; rows of the last forward are rolled back."""
+        sequence = self._sequences[seq]
+        used = max([sequence.length, *(self._position(sequence, start) + 1 for start, _ in sequence.moves)])
+        kept = self.pages_for(used)
+        pages, sequence.pages, sequence.fresh = sequence.pages[kept:], sequence.pages[:kept], 0
+        self._give_back(pages)
+
+    def _give_back(self, pages: list[int]) -> None:
+        for page in reversed(pages):
+            self._users[page] -= 1
+            if not self._users[page]:
+                del self._users[page]
+                self._free.append(page)
+        self._tables = None
+
+    def _final(self, seq: int) -> int:
+        """Positions below this one hold what they will always hold, once they are committed."""
+        sequence = self._sequences[seq]
+        return min((self._position(sequence, end) for _, end in sequence.moves), default=len(sequence.pages) * self.page_size)
 
     def length(self, seq: int) -> int:
         return self._sequences[seq].length
@@ -149,6 +209,8 @@ class KVPool:
         """
         for seq, count in zip(seqs, counts, strict=True):
             sequence = self._sequences[seq]
+            if sequence.source is not None:
+                raise ValueError(f"sequence {seq} has not inherited from {sequence.source} yet")
             if sequence.length + count > len(sequence.pages) * self.page_size:
                 room = len(sequence.pages) * self.page_size
                 raise KVPoolError(f"sequence {seq} reserved {room} tokens, {sequence.length} + {count} rows don't fit")
@@ -170,6 +232,10 @@ class KVPool:
 
     def _slot(self, sequence: _Sequence, position: int) -> int:
         return sequence.pages[position // self.page_size] * self.page_size + position % self.page_size
+
+    def _position(self, sequence: _Sequence, slot: int) -> int:
+        page, offset = divmod(slot, self.page_size)
+        return sequence.pages.index(page) * self.page_size + offset
 
     def lengths(self, seqs: Iterable[int]) -> list[int]:
         return [self._sequences[s].length for s in seqs]

@@ -15,46 +15,25 @@ place in its sequence. So every draft method, none included, gives the same text
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
-from specfx.kernels.keyed_sample import keyed_sample
+from specfx.errors import KVPoolError
+from specfx.runtime.budget import Budget
+from specfx.runtime.choice import Processor, Record, SequenceState, choose
 from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import DraftTree
 
 PREFILL_CHUNK = 512
-"""Rows of a prompt that one forward takes."""
-
-Processor = Callable[[Tensor, Tensor], Tensor]
-"""A logits processor: ``(input_ids [1, L], scores [1, V] float32) -> scores``."""
+"""Rows of a prompt that one forward takes, if nothing else is asked for."""
 
 _ids = itertools.count()
-
-
-@dataclass
-class SequenceState:
-    """State of one sequence. tokens: prompt and all committed tokens; the last one is pending (its forward has not happened).
-    seen: what logits processors are shown (the caller's row, padding included, and all committed tokens), on the caller's `device`.
-    key: (seed, number of the sequence in its call) of the noise that its tokens are drawn with, None for greedy decoding."""
-
-    id: int
-    tokens: list[int]
-    seen: list[int]
-    remaining: int
-    stop: Callable[[int], bool]
-    processor: Processor | None
-    device: torch.device | None
-    key: tuple[int, int] | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether its next token is the argmax of the logits as they are."""
-        return self.processor is None and self.key is None
 
 
 @dataclass(frozen=True)
@@ -66,49 +45,75 @@ class Committed:
     finished: bool
 
 
-class _Choices:
-    """The target's choice after each row of a walk, made when asked for: by then the tokens up to the row are committed, so a processor
-    sees exactly the prefixes that plain decoding would show it, and none behind the end."""
+@dataclass
+class _Walk:
+    """State of the walk of one sequence through what was verified. rows, tokens: visited rows, and the target's choice behind each."""
 
-    def __init__(self, sequence: SequenceState, output: RowsOutput) -> None:
-        self.sequence, self.output = sequence, output
-        self.made: dict[int, int] = {}
+    sequence: SequenceState
+    tree: DraftTree
+    output: RowsOutput
+    rows: list[int] = field(default_factory=lambda: [0])
+    tokens: list[int] = field(default_factory=list)
+    finished: bool = False
 
-    def __len__(self) -> int:
-        return len(self.output.argmax)
+    def __post_init__(self) -> None:
+        self._children = self.tree.children()
 
-    def __getitem__(self, row: int) -> int:
-        if row not in self.made:
-            self.made[row] = choose(self.sequence, self.output.logits[row])
-        return self.made[row]
-
-
-def choose(sequence: SequenceState, logits: Tensor) -> int:
-    """The token after the sequence's tokens: of the processed logits the best one, or one drawn with the noise of its place.
-
-    logits: ``[V]``. The drawn token depends on nothing but the prefix, the logits and the key (`specfx.kernels.keyed_sample`).
-    """
-    scores = logits[None].to(sequence.device, torch.float32)
-    if sequence.processor is not None:
-        scores = sequence.processor(torch.tensor([sequence.seen], device=sequence.device), scores)
-    if sequence.key is None:
-        return int(scores.argmax(-1))
-    return int(keyed_sample(scores.float(), torch.tensor([[*sequence.key, len(sequence.tokens)]], device=scores.device)))
+    def go(self, token: int, finished: bool) -> bool:
+        """The target chose `token` behind the last row, which ends the sequence or not. False where the walk ends."""
+        self.tokens.append(token)
+        self.finished = finished
+        child = None if finished else self._children.get((self.rows[-1], token))
+        if child is not None:
+            self.rows.append(child)
+        return child is not None
 
 
 class Runtime:
-    """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine."""
+    """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine.
 
-    def __init__(self, engine: Engine, drafter: Drafter, max_nodes: int, stats: CallStats) -> None:
+    make_room: frees memory of the engine that no sequence needs; False if there is none. progress: told of each piece of a prompt,
+    in tokens. chunk: rows of a prompt that one forward takes. budget: decides how much of a draft is verified; None: all.
+    kept: state; sequences that have ended and whose keys and values stay, with their tokens, until somebody takes them or `close`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        drafter: Drafter,
+        max_nodes: int,
+        stats: CallStats,
+        make_room: Callable[[], bool] = lambda: False,
+        progress: Callable[[int], None] = lambda tokens: None,
+        chunk: int | None = None,
+        budget: Budget | None = None,
+    ) -> None:
         self.engine, self.drafter, self.max_nodes, self.stats = engine, drafter, max_nodes, stats
+        self.make_room, self.progress, self.chunk = make_room, progress, min(chunk or PREFILL_CHUNK, engine.max_rows)
+        self.budget = budget
         self.sequences: dict[int, SequenceState] = {}
-        self._reserved: set[int] = set()
+        self.kept: dict[int, list[int]] = {}
+        self._reserved: dict[int, bool] = {}
+        self._last: tuple[Sequence[int], RowsOutput, Tensor | None]
 
-    def reserve(self, prompt_length: int, max_new_tokens: int) -> int:
-        """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done."""
-        seq = next(_ids)
-        self.engine.add(seq, prompt_length + max_new_tokens + self.max_nodes + 1)
-        self._reserved.add(seq)
+    def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0) -> int:
+        """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done.
+
+        source: a sequence of this engine with whose first `shared` tokens the prompt begins; they are not run again. `shared` is less than
+        `prompt_length`, or `source` is a sequence of the same prompt, which is added just before this one.
+        """
+        seq, capacity = next(_ids), prompt_length + max_new_tokens + self.max_nodes + 1
+        while True:
+            try:
+                if source is None:
+                    self.engine.add(seq, capacity)
+                else:
+                    self.engine.add(seq, capacity, source, shared)
+                break
+            except KVPoolError:
+                if not self.make_room():
+                    raise
+        self._reserved[seq] = source is not None
         return seq
 
     def add(
@@ -122,39 +127,55 @@ class Runtime:
         device: torch.device | None = None,
         ends: Sequence[int] = (),
         key: tuple[int, int] | None = None,
+        pointwise: bool = False,
+        keep: bool = False,
+        record: Record | None = None,
     ) -> Committed:
         """Prefill a new sequence and commit its first token.
 
         stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
-        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. key: see
-        `SequenceState`.
+        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. key,
+        pointwise, keep: see `SequenceState`. record: where logits and scores are put.
         Raises `KVPoolError` before anything is done, and leaves nothing behind whatever it raises.
         """
         seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
-        sequence = SequenceState(seq, list(prompt), list(prompt if seen is None else seen), max_new_tokens, stop, processor, device, key)
+        shown = list(prompt if seen is None else seen)
+        sequence = SequenceState(
+            seq, list(prompt), shown, max_new_tokens, stop, processor, device, key, pointwise=pointwise, keep=keep, record=record
+        )
         try:
             self.drafter.add(seq, prompt, ends)
             self.sequences[seq] = sequence
             with self.stats.timed("prefill"):
-                output, hidden = self._prefill(sequence, prompt)
-            token = output.argmax[-1] if sequence.is_plain else choose(sequence, output.logits[-1])
+                known = self.engine.inherit(seq) if self._reserved.pop(seq) else 0
+                output, hidden = self._prefill(sequence, prompt, known)
+                self._last = prompt, replace(output, logits=output.logits[-1:].clone()), None if hidden is None else hidden[-1:]
+            (token,) = self._choose([sequence], [output], [-1])
             self.stats.prefills += 1
-            self.stats.prompt_tokens += len(prompt)
+            self.stats.prompt_tokens += len(prompt) - known
+            self.stats.reused_tokens += known
             return self._committed(sequence, [token], hidden, self._draft_of(sequence, output), self._append(sequence, token))
         except BaseException:
             self.remove(seq)
             raise
 
-    def _prefill(self, sequence: SequenceState, prompt: Sequence[int]) -> tuple[RowsOutput, Tensor | None]:
+    def _prefill(self, sequence: SequenceState, prompt: Sequence[int], known: int = 0) -> tuple[RowsOutput, Tensor | None]:
+        """Run the prompt from token `known` on; one that is wholly known is that of the sequence added before."""
         hidden: list[Tensor] = []
-        size = min(PREFILL_CHUNK, self.engine.max_rows)
-        for start in range(0, len(prompt), size):
-            chunk, end = prompt[start : start + size], start + size
+        if known:
+            self.progress(known)
+        if known == len(prompt):
+            before, output, last = self._last
+            assert before == prompt
+            return output, last
+        for start in range(known, len(prompt), self.chunk):
+            chunk, end = prompt[start : start + self.chunk], start + self.chunk
             following = prompt[end] if end < len(prompt) else None
             output = self.engine.forward([Rows(sequence.id, chunk, last_only=True, following=following)])[0]
             self.engine.commit(sequence.id, range(len(chunk)))
             if (part := self._hidden_for(sequence, output)) is not None:
                 hidden.append(part.clone())  # the next forward may overwrite it
+            self.progress(len(chunk))
         return output, torch.cat(hidden) if hidden else None
 
     def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
@@ -181,29 +202,44 @@ class Runtime:
             trees = self.drafter.propose([s.id for s in active], budgets)
             if self.engine.verifies != "trees":
                 trees = [tree.best_chain() for tree in trees]
+            if self.budget is not None:
+                trees = self.budget.share(trees)
+        started = time.perf_counter()
         with self.stats.timed("forward"):
             outputs = self.engine.forward([Rows(s.id, s.tokens[-1:], tree) for s, tree in zip(active, trees, strict=True)])
         self.stats.forwards += 1
-        committed = []
-        for sequence, tree, output in zip(active, trees, outputs, strict=True):
-            with self.stats.timed("accept"):
-                choices: Sequence[int] = output.argmax if sequence.is_plain else _Choices(sequence, output)  # type: ignore[assignment]
-                rows: list[int] = []
-                tokens: list[int] = []
-                finished = False
-                for row in tree.visit(choices):
-                    rows.append(row)
-                    tokens.append(choices[row])
-                    if finished := self._append(sequence, tokens[-1]):
-                        break
-                self.engine.commit(sequence.id, rows)
-                self.stats.steps += 1
-                if len(tree):
-                    self.stats.count_draft(max(tree.depths()), len(rows) - 1, len(tree))
-                hidden = self._hidden_for(sequence, output)
-                hidden = hidden[rows] if hidden is not None else None
-            committed.append(self._committed(sequence, tokens, hidden, self._draft_of(sequence, output), finished))
-        return committed
+        if self.budget is not None:
+            self.budget.note_forward(len(trees) + sum(map(len, trees)), time.perf_counter() - started)
+        with self.stats.timed("accept"):
+            walks = [_Walk(*walk) for walk in zip(active, trees, outputs, strict=True)]
+            going = walks
+            while going:  # a row of each at a time
+                tokens = self._choose([w.sequence for w in going], [w.output for w in going], [w.rows[-1] for w in going])
+                going = [w for w, token in zip(going, tokens, strict=True) if w.go(token, self._append(w.sequence, token))]
+        return [self._accept(walk) for walk in walks]
+
+    def _choose(self, sequences: list[SequenceState], outputs: list[RowsOutput], rows: list[int]) -> list[int]:
+        """The target's choice behind one row of each sequence."""
+        tokens = [output.argmax[row] for output, row in zip(outputs, rows, strict=True)]
+        places = [i for i, sequence in enumerate(sequences) if sequence.record is not None or not sequence.is_plain]
+        if places:
+            chosen = choose([sequences[i] for i in places], [outputs[i].logits[rows[i]] for i in places])
+            for i, token in zip(places, chosen, strict=True):
+                tokens[i] = token
+        return tokens
+
+    def _accept(self, walk: _Walk) -> Committed:
+        sequence, tree, output = walk.sequence, walk.tree, walk.output
+        with self.stats.timed("accept"):
+            self.engine.commit(sequence.id, walk.rows)
+            self.stats.steps += 1
+            if len(tree):
+                self.stats.count_draft(max(tree.depths()), len(walk.rows) - 1, len(tree))
+                if self.budget is not None:
+                    self.budget.note_draft(tree, len(walk.rows) - 1)
+            hidden = self._hidden_for(sequence, output)
+            hidden = hidden[walk.rows] if hidden is not None else None
+        return self._committed(sequence, walk.tokens, hidden, self._draft_of(sequence, output), walk.finished)
 
     def _append(self, sequence: SequenceState, token: int) -> bool:
         """Commit one token; whether it ends the sequence."""
@@ -217,21 +253,37 @@ class Runtime:
     ) -> Committed:
         """Tell the drafter, or free the sequence that has ended."""
         self.stats.tokens += len(tokens)
-        if finished:
-            self.remove(sequence.id, tokens)
-        else:
+        if not finished:
             with self.stats.timed("draft"):
                 self.drafter.accept(sequence.id, tokens, hidden, draft)
+        elif sequence.keep:
+            del self.sequences[sequence.id]
+            self.kept[sequence.id] = sequence.tokens
+            self.drafter.remove(sequence.id, tokens)
+        else:
+            self.remove(sequence.id, tokens)
         return Committed(sequence.id, tokens, finished)
+
+    def logits_on(self, seq: int, tokens: Sequence[int]) -> Tensor:
+        """The target's logits ``[n + 1, V]`` behind a kept sequence and behind each of `tokens` after it."""
+        kept, logits = self.kept[seq][:-1], []
+        rows = [self.kept[seq][-1], *tokens]
+        for start in range(0, len(rows), self.chunk):
+            chunk = rows[start : start + self.chunk]
+            logits.append(self.engine.forward([Rows(seq, chunk)])[0].logits.clone())
+            self.engine.commit(seq, range(len(chunk)))
+        self.kept[seq] = kept + rows
+        return torch.cat(logits)
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         """Free everything of `seq`, which ended with the tokens `last`; unknown ids are ignored."""
         self.sequences.pop(seq, None)
-        self._reserved.discard(seq)
+        self.kept.pop(seq, None)
+        self._reserved.pop(seq, None)
         self.engine.remove(seq)
         self.drafter.remove(seq, last)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""
-        for seq in [*self.sequences, *self._reserved]:
+        for seq in {*self.sequences, *self._reserved, *self.kept}:
             self.remove(seq)

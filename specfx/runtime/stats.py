@@ -15,9 +15,10 @@ STAGES = ("prefill", "draft", "forward", "accept", "total")
 class CallStats:
     """Counters of one call, or of many added up. A call that the stock method served has its total time and nothing else.
 
-    tokens: new tokens. forwards: target forwards of decode steps (a batch is one forward); prefills: prompts run. steps: decode steps
-    counted for each sequence. proposed, accepted: drafted tokens by depth (index 0: first drafted token). seconds: wall time by stage;
-    "forward" is the target, "draft" the drafter, "accept" walking, committing and bookkeeping, "total" the whole call.
+    tokens: new tokens. forwards: target forwards of decode steps (a batch is one forward). prefills: prompts; prompt_tokens: their tokens
+    that were run, reused_tokens: those found in the memory of an earlier turn or of another row. steps: decode steps counted for each
+    sequence. proposed, accepted: drafted tokens by depth (index 0: first drafted token). seconds: wall time by stage; "forward" is the
+    target, "draft" the drafter, "accept" walking, committing and bookkeeping, "total" the whole call.
     """
 
     tokens: int = 0
@@ -25,6 +26,7 @@ class CallStats:
     steps: int = 0
     prefills: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     proposed: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     drafted_nodes: int = 0
@@ -59,7 +61,7 @@ class CallStats:
             self.seconds[stage] += time.perf_counter() - started
 
     def add(self, other: CallStats) -> None:
-        for name in ("tokens", "forwards", "steps", "prefills", "prompt_tokens", "drafted_nodes"):
+        for name in ("tokens", "forwards", "steps", "prefills", "prompt_tokens", "reused_tokens", "drafted_nodes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         depth = max(len(self.proposed), len(other.proposed))
         for name in ("proposed", "accepted"):

@@ -10,7 +10,7 @@ SpecInfer, 2023), and its position is the pending token's position plus its dept
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_ROWS = 64
@@ -82,7 +82,10 @@ class DraftTree:
 
     def pruned(self, probability: float) -> DraftTree:
         """The nodes that are at least so probable (a tree again, since no node is more probable than its parent)."""
-        kept = [i for i, p in enumerate(self.probs) if p >= probability]
+        return self.part([i for i, p in enumerate(self.probs) if p >= probability])
+
+    def part(self, kept: Sequence[int]) -> DraftTree:
+        """The ascending nodes `kept`, with each of which its parent must be."""
         if len(kept) == len(self):
             return self
         place = {-1: -1} | {node: i for i, node in enumerate(kept)}
@@ -103,21 +106,20 @@ class DraftTree:
             depths.append(depths[p + 1] + 1)
         return depths
 
+    def children(self) -> dict[tuple[int, int], int]:
+        """Of each row that has some: (row, token) -> the child's row."""
+        return {(p + 1, t): i + 1 for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
+
     def walk(self, targets: Sequence[int]) -> list[int]:
         """Rows visited when the target chooses ``targets[row]`` after each row (``[n + 1]``).
 
         Starts at row 0 and goes to the child that holds the target's choice for as long as there is one. The tokens committed
         are ``[targets[r] for r in rows]``: the accepted drafts and, last, the bonus token.
         """
-        return list(self.visit(targets))
-
-    def visit(self, targets: Sequence[int]) -> Iterator[int]:
-        """`walk`, row by row: ``targets[row]`` is asked for only when the walk goes on from `row`."""
-        children = {(p + 1, t): i + 1 for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
-        row: int | None = 0
-        while row is not None:
-            yield row
-            row = children.get((row, int(targets[row])))
+        children, rows = self.children(), [0]
+        while (row := children.get((rows[-1], int(targets[rows[-1]])))) is not None:
+            rows.append(row)
+        return rows
 
 
 EMPTY_TREE = DraftTree()

@@ -1,0 +1,80 @@
+"""How much of what was drafted is worth verifying: one budget for all sequences of a step.
+
+A forward of n rows takes ``fixed + each * n`` seconds, fitted to the forwards that were run. A node brings a token with the probability
+that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately. Of all nodes of all
+sequences the most probable are verified, as many as give the most tokens per second. So where rows cost, unlikely nodes are left out,
+wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from specfx.runtime.tree import DraftTree
+
+_MEMORY = 0.98
+"""Weight that an observation keeps when the next one comes: the last fifty count."""
+_FEWEST = 16
+"""Forwards to see before anything is left out."""
+_PROBE = 32
+"""One step in so many verifies all that was drafted."""
+_EXPECTED = 4.0
+"""Accepted tokens that the drafter is believed to have foretold rightly before it began."""
+
+
+class Budget:
+    """State: what forwards have cost, and how drafts have fared."""
+
+    def __init__(self) -> None:
+        self._steps = self._forwards = 0
+        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+        self._expected = self._accepted = _EXPECTED
+
+    def note_forward(self, rows: int, seconds: float) -> None:
+        if self._forwards >= _FEWEST:
+            seconds = min(seconds, 3 * self._cost(rows))  # something else went on
+        self._forwards += 1
+        for name, value in (("weight", 1.0), ("rows", rows), ("seconds", seconds), ("squares", rows * rows), ("products", rows * seconds)):
+            setattr(self, f"_{name}", _MEMORY * getattr(self, f"_{name}") + value)
+
+    def note_draft(self, tree: DraftTree, accepted: int) -> None:
+        self._expected = _MEMORY * self._expected + sum(tree.probs)
+        self._accepted = _MEMORY * self._accepted + accepted
+
+    @property
+    def trust(self) -> float:
+        """Accepted tokens for each that the drafter expected."""
+        return self._accepted / self._expected
+
+    def _fit(self) -> tuple[float, float]:
+        """(fixed, each) by least squares."""
+        rows, seconds = self._rows / self._weight, self._seconds / self._weight
+        variance = self._squares / self._weight - rows * rows
+        each = 0.0 if variance < 1e-9 else max(0.0, (self._products / self._weight - rows * seconds) / variance)
+        each = min(each, seconds / rows)
+        return seconds - each * rows, each
+
+    def _cost(self, rows: int) -> float:
+        fixed, each = self._fit()
+        return fixed + each * rows
+
+    def share(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        """Of each tree the part that is worth verifying."""
+        self._steps += 1
+        nodes = sorted((-p, s, i) for s, tree in enumerate(trees) for i, p in enumerate(tree.probs))  # parents before children
+        if not nodes or self._forwards < _FEWEST or self._steps % _PROBE == 0:
+            return list(trees)
+        fixed, each = self._fit()
+        trust, gain = self.trust, float(len(trees))
+        best, taken = gain / (fixed + each * len(trees)), 0
+        for count, (negative, _, _) in enumerate(nodes, start=1):
+            gain -= trust * negative
+            rate = gain / (fixed + each * (len(trees) + count))
+            if rate > best:
+                best, taken = rate, count
+        if taken == len(nodes):
+            return list(trees)
+        kept: list[list[int]] = [[] for _ in trees]
+        for _, s, i in sorted(nodes[:taken], key=lambda node: node[1:]):
+            kept[s].append(i)
+        return [tree.part(nodes) for tree, nodes in zip(trees, kept, strict=True)]

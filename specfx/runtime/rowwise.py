@@ -1,0 +1,84 @@
+"""transformers' logits processors and stopping criteria, taken apart by row: rows of a batch end, and go on, each by itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria, logits_process
+
+from specfx.runtime.choice import Record
+
+
+def _processors(*names: str) -> tuple[type, ...]:
+    return tuple(getattr(logits_process, name) for name in names)
+
+
+ROWWISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+POINTWISE_PROCESSORS = _processors(
+    *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
+    *("EpsilonLogitsWarper", "EtaLogitsWarper", "LogitNormalization", "InfNanRemoveLogitsProcessor", "SuppressTokensLogitsProcessor"),
+)
+"""Processors that look at scores alone, at each row by itself: rows at different places may be processed together."""
+ROWWISE_PROCESSORS = POINTWISE_PROCESSORS + _processors(
+    *("RepetitionPenaltyLogitsProcessor", "NoRepeatNGramLogitsProcessor", "NoBadWordsLogitsProcessor", "SequenceBiasLogitsProcessor"),
+    *("MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor", "ForcedBOSTokenLogitsProcessor", "ForcedEOSTokenLogitsProcessor"),
+    *("SuppressTokensAtBeginLogitsProcessor", "ExponentialDecayLengthPenalty", "PrefixConstrainedLogitsProcessor"),
+)
+"""Processors that treat each row by itself, so that rows of a batch may be at different lengths."""
+
+
+def is_pointwise(processors: LogitsProcessorList) -> bool:
+    return all(type(p) in POINTWISE_PROCESSORS for p in processors)
+
+
+def of_row(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
+    """The processors for one row of the batch; None if there are none."""
+    own = LogitsProcessorList([_for_row(p, row) for p in processors])
+    return processors or None if all(a is b for a, b in zip(own, processors, strict=True)) else own
+
+
+def _for_row(processor: Any, row: int) -> Any:
+    """The repetition penalty holds the padding of every row; a function of allowed tokens is told the row's number."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor) and len(ignored) > 1:
+        processor = copy.copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    elif row and isinstance(processor, PrefixConstrainedLogitsProcessor):
+        allowed, processor = processor._prefix_allowed_tokens_fn, copy.copy(processor)
+        processor._prefix_allowed_tokens_fn = lambda batch, ids: allowed(row, ids)
+    return processor
+
+
+class Stop:
+    """The stopping criteria of one row: called with each new token in order; True ends the row after it.
+
+    End tokens and lengths are compared as ints; any other criterion sees the row ``[1, L]`` with the token appended and the scores that
+    were recorded, as in stock.
+    """
+
+    def __init__(self, row: Sequence[int], criteria: StoppingCriteriaList, device: torch.device, record: Record | None = None) -> None:
+        self.ends: set[int] = set()
+        self.lengths: list[int] = []
+        self.others = []
+        for criterion in criteria:
+            if isinstance(criterion, EosTokenCriteria):
+                self.ends.update(criterion.eos_token_id.tolist())
+            elif isinstance(criterion, MaxLengthCriteria):
+                self.lengths.append(criterion.max_length)
+            else:
+                self.others.append(criterion)
+        self.row, self.device, self.record = list(row), device, record
+
+    def __call__(self, token: int) -> bool:
+        self.row.append(token)
+        done = token in self.ends or any(len(self.row) >= length for length in self.lengths)
+        if self.others:
+            ids = torch.tensor([self.row], device=self.device)
+            scores = None if self.record is None else tuple(s[None] for s in self.record.scores)
+            done |= any([bool(torch.as_tensor(criterion(ids, scores)).all()) for criterion in self.others])
+        return done

@@ -1,0 +1,137 @@
+"""What is verified of the drafts of a step, under costs and fortunes that the tests choose."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+from test_session import FakeDrafter, FakeEngine, finish, never, oracle, plain, wrong
+
+from specfx.runtime import budget
+from specfx.runtime.budget import Budget
+from specfx.runtime.session import Runtime
+from specfx.runtime.stats import CallStats
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
+
+
+def told(fixed: float, each: float, forwards: int = 40, noise: float = 0.0) -> Budget:
+    """A budget that has seen forwards of 1 to 16 rows at this cost."""
+    rng, made = random.Random(0), Budget()
+    for i in range(forwards):
+        rows = 1 + i * 7 % 16
+        made.note_forward(rows, (fixed + each * rows) * (1 + noise * rng.uniform(-1, 1)))
+    return made
+
+
+def random_tree(rng: random.Random, nodes: int) -> DraftTree:
+    parents = [rng.randrange(-1, i) for i in range(nodes)]
+    probs: list[float] = []
+    for parent in parents:
+        probs.append(rng.random() * (probs[parent] if parent >= 0 else 1.0))
+    return DraftTree(tuple(range(nodes)), tuple(parents), tuple(probs))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_nodes_with_the_most_tokens_per_second_are_verified(seed: int) -> None:
+    rng = random.Random(seed)
+    fixed, each = rng.uniform(0.5, 20), rng.uniform(0.01, 2)
+    trees = [random_tree(rng, rng.randrange(8)) for _ in range(rng.randint(1, 4))]
+    got = told(fixed, each).share(trees)
+    every = sorted((p for tree in trees for p in tree.probs), reverse=True)
+
+    def rate(probs: list[float]) -> float:
+        return (len(trees) + sum(probs)) / (fixed + each * (len(trees) + len(probs)))
+
+    best = max((every[:n] for n in range(len(every) + 1)), key=rate)
+    assert sorted((p for tree in got for p in tree.probs), reverse=True) == best
+    for whole, part in zip(trees, got, strict=True):
+        paths = [path_of(whole, i) for i in range(len(whole))]
+        assert all(path_of(part, i) in paths for i in range(len(part)))
+        DraftTree(part.tokens, part.parents, part.probs)  # keeps the rules
+
+
+def path_of(tree: DraftTree, node: int) -> tuple[int, ...]:
+    return () if node < 0 else (*path_of(tree, tree.parents[node]), tree.tokens[node])
+
+
+def test_rows_that_cost_nothing_are_all_used_and_dear_ones_only_where_they_are_sure() -> None:
+    trees = [DraftTree.chain([1, 2, 3], [0.9, 0.5, 0.02]), DraftTree.chain([4, 5], [0.3, 0.1]), EMPTY_TREE]
+    assert told(10, 0).share(trees) == trees
+    assert list(map(len, told(10, 1).share(trees))) == [2, 1, 0]
+    assert list(map(len, told(5, 10).share(trees))) == [1, 0, 0]
+    assert list(map(len, told(1, 10).share(trees))) == [0, 0, 0]
+    assert list(map(len, told(10, 1, noise=0.1).share(trees))) == [2, 1, 0]
+
+
+def test_nothing_is_left_out_before_something_is_known() -> None:
+    trees = [DraftTree.chain([1, 2, 3], [0.9, 0.5, 0.001])]
+    assert Budget().share(trees) == trees
+    assert told(1, 10, forwards=budget._FEWEST - 1).share(trees) == trees
+    same = Budget()
+    for _ in range(40):
+        same.note_forward(4, 1.0)  # what a row costs can't be told
+    assert same.share(trees) == trees
+
+
+def test_a_forward_that_something_else_has_held_up_counts_little() -> None:
+    held_up = told(10, 1)
+    held_up.note_forward(3, 1e6)
+    assert held_up._cost(8) < 30
+
+
+def costing(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, fixed: float, each: float) -> None:
+    """A clock that only forwards advance."""
+    now, forward = 0.0, engine.forward
+    monkeypatch.setattr("specfx.runtime.session.time.perf_counter", lambda: now)
+
+    def timed(batch: list) -> list:
+        nonlocal now
+        now += fixed + each * sum(rows.count for rows in batch)
+        return forward(batch)
+
+    engine.forward = timed
+
+
+def test_where_drafts_fail_decoding_is_plain_within_tens_of_tokens_and_drafts_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = {"policy": wrong}
+    engine, stats = FakeEngine(), CallStats()
+    drafter = FakeDrafter(lambda known, budget, rng: turn["policy"](known, min(budget, rng.randint(0, 4)), rng))
+    costing(monkeypatch, engine, 10, 0.5)
+    runtime = Runtime(engine, drafter, 8, stats, budget=Budget())
+    first = runtime.add([1, 2], 400, never)
+    text, drafted = list(first.tokens), []
+    while len(text) < 200:
+        before = stats.drafted_nodes
+        text += runtime.step()[0].tokens
+        drafted.append(stats.drafted_nodes - before)
+    assert sum(drafted[:20]) > 20
+    assert sum(n > 0 for n in drafted[60:]) <= len(drafted[60:]) / budget._PROBE + 1, "but for probes"
+    assert sum(n > 0 for n in drafted[60:]) >= 2
+    turn["policy"] = oracle
+    while runtime.sequences:
+        before = stats.drafted_nodes
+        text += runtime.step()[0].tokens
+        drafted.append(stats.drafted_nodes - before)
+    assert sum(n > 0 for n in drafted[-12:]) > 6
+    assert text == plain([1, 2], 400)
+
+
+def test_a_batch_verifies_where_the_gain_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sequences, one is easy to foretell and one is not; both end as they should."""
+    engine, stats = FakeEngine(), CallStats()
+
+    def policy(known: list[int], most: int, rng: random.Random) -> DraftTree:
+        tree, sure = (oracle, 0.9) if known[0] == 1 else (wrong, 0.05)
+        chain = tree(known, min(most, rng.randint(1, 6)), rng)
+        return DraftTree.chain(chain.tokens, list(itertools.accumulate([sure] * len(chain), lambda a, b: a * b)))
+
+    costing(monkeypatch, engine, 5, 1)
+    runtime = Runtime(engine, FakeDrafter(policy), 8, stats, budget=Budget())
+    asked = {(1, 1): 150, (2, 1): 60}
+    firsts = [runtime.add(list(p), n, never) for p, n in asked.items()]
+    generated = finish(runtime, *firsts)
+    assert [generated[f.seq] for f in firsts] == [plain(p, n) for p, n in asked.items()]
+    sizes = [tuple(rows.count for rows in batch) for batch in engine.batches if len(batch) == 2][20:]
+    assert sum(a for a, _ in sizes) > 2 * len(sizes)
+    assert sum(b for _, b in sizes) < 1.3 * len(sizes)
