@@ -23,6 +23,13 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _verify_whatever_is_drafted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left out of a draft depends on how long forwards take; only results may be asserted then."""
+    if request.module.__name__ not in ("test_budget", "test_random_calls"):
+        monkeypatch.setattr("specfx.runtime.budget._FEWEST", 10**9)
+
+
 @pytest.fixture
 def instant_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled engine without Inductor: its artifact is the lowered graph, run as it is."""

@@ -74,6 +74,18 @@ def test_nothing_is_left_out_before_something_is_known() -> None:
     assert same.share(trees) == trees
 
 
+def test_on_a_busy_machine_nothing_is_left_out_for_noise() -> None:
+    trees = [DraftTree.chain([1, 2, 3], [0.9, 0.5, 0.02])]
+    rng = random.Random(1)
+    for _ in range(20):
+        noisy = Budget()
+        for _ in range(40):
+            noisy.note_forward(rng.randint(1, 6), 10 + rng.expovariate(0.2))
+        assert noisy._fit()[1] < 1
+        kept = noisy.share(trees)[0]
+        assert len(kept) >= 2
+
+
 def test_a_forward_that_something_else_has_held_up_counts_little() -> None:
     held_up = told(10, 1)
     held_up.note_forward(3, 1e6)

@@ -87,3 +87,27 @@ def test_a_head_with_shuffled_weights_is_noticed_within_one_generation(smollm2, 
         stats = specfx.stats(model).last
     assert 64 <= stats.proposed[0] <= 68 < stats.forwards
     assert torch.equal(tokens, generate(model, tokenizer, PROMPTS[1:], 96))
+
+
+def test_a_chat_prefills_only_what_is_new():
+    """Four turns, bfloat16: the template's text of earlier turns is what was generated, so it is found in the pages."""
+    model, tokenizer = models.load_smollm2(torch.bfloat16)
+    questions = ("Name three fruits.", "Which of them is the largest?", "And the sweetest?", "Thank you. Say goodbye.")
+    with specfx.speculating(model, "suffix", engine="graph", compile="off"):
+        messages, cache, known = [], specfx.PageCache(), 0
+        for question in questions:
+            messages.append({"role": "user", "content": question})
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+            length = inputs["input_ids"].shape[1]
+            out = model.generate(**inputs, max_new_tokens=24, do_sample=False, past_key_values=cache, pad_token_id=tokenizer.eos_token_id)
+            last = specfx.stats(model).last
+            assert last.reused_tokens == known
+            assert last.prompt_tokens == length - known
+            messages.append({"role": "assistant", "content": tokenizer.decode(out[0, length:], skip_special_tokens=True)})
+            following = tokenizer.apply_chat_template(messages, tokenize=False)
+            again = tokenizer(following, add_special_tokens=False)["input_ids"]
+            cached = out[0, :-1].tolist()
+            known = next((i for i, (a, b) in enumerate(zip(cached, again, strict=False)) if a != b), min(len(cached), len(again)))
+            assert known >= length, "all of the prompt, and as much of the answer as the tokenizer writes the same way again"
+        assert not specfx.explain(model).stock_calls

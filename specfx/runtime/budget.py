@@ -1,13 +1,15 @@
 """How much of what was drafted is worth verifying: one budget for all sequences of a step.
 
-A forward of n rows takes ``fixed + each * n`` seconds, fitted to the forwards that were run. A node brings a token with the probability
-that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately. Of all nodes of all
-sequences the most probable are verified, as many as give the most tokens per second. So where rows cost, unlikely nodes are left out,
-wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do.
+A forward of n rows takes ``fixed + each * n`` seconds, fitted to the forwards that were run; a row is taken to cost what it surely costs
+(two standard errors less than the best guess), so that on a busy machine nothing is left out for noise. A node brings a token with the
+probability that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately. Of all
+nodes of all sequences the most probable are verified, as many as give the most tokens per second. So where rows cost, unlikely nodes are
+left out, wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from specfx.runtime.tree import DraftTree
@@ -27,14 +29,15 @@ class Budget:
 
     def __init__(self) -> None:
         self._steps = self._forwards = 0
-        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+        self._weight = self._rows = self._seconds = self._squares = self._products = self._spread = 0.0
         self._expected = self._accepted = _EXPECTED
 
     def note_forward(self, rows: int, seconds: float) -> None:
         if self._forwards >= _FEWEST:
             seconds = min(seconds, 3 * self._cost(rows))  # something else went on
         self._forwards += 1
-        for name, value in (("weight", 1.0), ("rows", rows), ("seconds", seconds), ("squares", rows * rows), ("products", rows * seconds)):
+        sums = {"weight": 1.0, "rows": rows, "seconds": seconds, "squares": rows * rows, "products": rows * seconds, "spread": seconds**2}
+        for name, value in sums.items():
             setattr(self, f"_{name}", _MEMORY * getattr(self, f"_{name}") + value)
 
     def note_draft(self, tree: DraftTree, accepted: int) -> None:
@@ -47,11 +50,15 @@ class Budget:
         return self._accepted / self._expected
 
     def _fit(self) -> tuple[float, float]:
-        """(fixed, each) by least squares."""
+        """(fixed, each) by least squares, `each` cautiously."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight
         variance = self._squares / self._weight - rows * rows
-        each = 0.0 if variance < 1e-9 else max(0.0, (self._products / self._weight - rows * seconds) / variance)
-        each = min(each, seconds / rows)
+        if variance < 1e-9:
+            return seconds, 0.0
+        each = (self._products / self._weight - rows * seconds) / variance
+        unexplained = max(0.0, self._spread / self._weight - seconds * seconds - each * each * variance)
+        each -= 2 * math.sqrt(unexplained / (self._weight * variance))
+        each = min(max(0.0, each), seconds / rows)
         return seconds - each * rows, each
 
     def _cost(self, rows: int) -> float:
