@@ -103,7 +103,7 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     lifted = _with_weights_as_inputs(module, tuple(weights))
     patched = config.patch({"post_grad_custom_post_pass": _SourcesKey(), **options})
     with torch.no_grad(), patched, tracing(TracingContext(mode)):  # its cache keeps a region one graph, whatever it is called on
-        with mode:
+        with mode, symbolic_shapes():
             traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
         with V.set_fake_mode(mode):
             compiled: Any = compile_fx_inner(traced, fakes)
