@@ -336,7 +336,6 @@ def test_calls_that_stock_serves_go_on_from_a_cache_too(wrap: Any) -> None:
         ({"attention_mask": torch.ones(1, 34, dtype=torch.long)}, turn(text, 1)[:, 25:]),  # the new tokens alone
     ):
         given = copy.deepcopy(cache)
-        _, theirs = stock(model, prompt_of(), max_new_tokens=6, return_dict_in_generate=True), None
         theirs = stock(model, prompt_of(), max_new_tokens=6, return_dict_in_generate=True).past_key_values
         if "num_beams" in more:
             given.batch_repeat_interleave(2)
