@@ -54,9 +54,10 @@ class _Stretch:
                 self.inputs.append(node)
             return place[node]
 
+        named: Any = lambda n: _Name(name(n))  # noqa: E731
         lines = []
         for i, node in enumerate(self.nodes):
-            read = repr(fx.map_arg((node.args, node.kwargs), lambda n: _Name(name(n))))
+            read = repr(fx.map_arg((node.args, node.kwargs), named))
             lines.append((str(node.target), read, _kind(node)))
             place[node] = f"n{i}"
         self.form = (*lines, *map(_kind, self.inputs))

@@ -113,7 +113,8 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
 
 def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     """A copy in which these attributes are the first placeholders."""
-    graph, new = fx.Graph(), {}
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
     weights = {name: graph.placeholder(f"weight_{i}") for i, name in enumerate(names)}
     for node in module.graph.nodes:
         lifted = node.op == "get_attr" and node.target in weights

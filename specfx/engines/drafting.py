@@ -99,7 +99,8 @@ class _DraftStep(nn.Module):
     def __init__(self, head: MtpHead, shape: TreeShape, page_size: int) -> None:
         super().__init__()
         self.head, self.shape, self.page_size = head, shape, page_size
-        self.parts = nn.ModuleList([part for layer in head.chain for part in layer._unregistered])  # else their weights would be copied
+        shared = [part for layer in head.chain for part in layer._unregistered if isinstance(part, nn.Module)]
+        self.shared = nn.ModuleList(shared)  # what is not registered would be copied
 
     def forward(
         self,
