@@ -27,7 +27,7 @@ from specfx.cli import main
 from specfx.drafters import mtp_families
 from specfx.drafters.mtp import load_drafter
 from specfx.drafters.mtp_export import export_nextn
-from specfx.drafters.mtp_families import FAMILIES, Wiring, find_head
+from specfx.drafters.mtp_families import Wiring, find_head
 from specfx.drafters.mtp_head import MtpHead, load_head, save_head
 from specfx.drafters.mtp_kv import HeadKV
 from specfx.errors import HeadError, Reason
@@ -127,6 +127,44 @@ def _nemotron(*run: str, layers: int = 1) -> Case:
         copies={},
         layers=layers,
         run=run,
+    )
+
+
+STREAMS = 3
+V4_NAMES = (
+    ("self_attn.sinks", "attn.attn_sink"),
+    ("self_attn.q_a_proj", "attn.wq_a"),
+    ("self_attn.q_a_norm", "attn.q_norm"),
+    ("self_attn.q_b_proj", "attn.wq_b"),
+    ("self_attn.kv_proj", "attn.wkv"),
+    ("self_attn.kv_norm", "attn.kv_norm"),
+    ("self_attn.o_a_proj", "attn.wo_a"),
+    ("self_attn.o_b_proj", "attn.wo_b"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("attn_hc.", "hc_attn_"),
+    ("ffn_hc.", "hc_ffn_"),
+    ("mlp.gate.e_score_correction_bias", "ffn.gate.bias"),
+    ("mlp.gate.weight", "ffn.gate.weight"),
+    ("mlp.shared_experts.gate_proj", "ffn.shared_experts.w1"),
+    ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2"),
+    ("mlp.shared_experts.up_proj", "ffn.shared_experts.w3"),
+)
+
+
+def _v4(*kinds: str) -> Case:
+    return Case(
+        "deepseek_v4",
+        {k: v for k, v in _NO_HEAD_DIM.items() if k != "intermediate_size"}
+        | {"num_key_value_heads": 1, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8}
+        | {"layer_types": list(kinds), "sliding_window": WINDOW, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hash_layers": 1, "swiglu_limit": 2.0}
+        | {"hc_mult": STREAMS, "hc_sinkhorn_iters": 3},
+        layer="mtp.{i}.",
+        parts={part: "{layer}" + part for part in ("enorm", "hnorm", "e_proj", "h_proj", "norm")}
+        | {f"hc_{part}": "{layer}hc_head_" + part for part in ("fn", "base", "scale")},
+        copies={},
+        rename=V4_NAMES,
     )
 
 
@@ -265,9 +303,11 @@ CASES: dict[str, Case] = {
     "nemotron_h, two steps": _nemotron("full_attention", "moe", "full_attention", "mlp", layers=2),
     "inkling": _inkling(8, True, [0, 2]),
     "inkling_text": _inkling(2, False, [1]),
+    "deepseek_v4": _v4("heavily_compressed_attention", "compressed_sparse_attention"),
+    "deepseek_v4, windows": _v4("sliding_attention", "sliding_attention"),
 }
-NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa"}
-"""Models whose `generate` stays stock's: an indexer's keys, or image inputs."""
+NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa", "deepseek_v4", "deepseek_v4, windows"}
+"""Models whose `generate` stays stock's: an indexer's keys, image inputs, or compressed rows and streams that no engine hands out."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
 
@@ -309,6 +349,10 @@ def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torc
             "post_attention_layernorm": layers[0].post_attention_layernorm[0],
         }
         return {f"{name}.{n}": t for name, piece in pieces.items() for n, t in piece.state_dict().items()}
+    if case.model == "deepseek_v4":  # a window and experts, whatever the target's layers have
+        config = copy.deepcopy(target.config)
+        config.layer_types, config.mlp_layer_types = ["sliding_attention"], ["moe"]
+        return type(layers[-1])(config, 0).state_dict()
     if case.stock:
         return type(layers[-1])(target.config.get_mtp_config(), i).state_dict()
     found = layers[-1].state_dict()
@@ -320,6 +364,9 @@ def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torc
 
 def published(case: Case, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """A module's tensor under the names that published checkpoints have: experts one by one."""
+    if case.model == "deepseek_v4" and ".experts." in name:
+        pieces = {"w1": tensor.chunk(2, dim=1)[0], "w3": tensor.chunk(2, dim=1)[1]} if "gate_up" in name else {"w2": tensor}
+        return {f"ffn.experts.{e}.{kind}.weight": t[e] for kind, t in pieces.items() for e in range(len(tensor))}
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         if case.model == "step3p7":
@@ -361,11 +408,14 @@ def checkpoint(case: Case, target: PreTrainedModel) -> tuple[dict[str, torch.Ten
         last = case.layer.format(n=first + i, i=(i + 1) * len(case.run) - 1)
         own: dict[str, torch.Tensor] = {}
         shapes = {"enorm": (size,), "hnorm": (size,), "proj": (size, 2 * size), "norm": (size,), "output": (VOCAB, size)}
+        shapes |= {"e_proj": (size, size), "h_proj": (size, size)}
+        shapes |= {"hc_fn": (STREAMS, STREAMS * size), "hc_base": (STREAMS,), "hc_scale": (1,)}
         for part, template in case.parts.items():
-            name = template.format(layer=layer, last=last, i=i) + ".weight"
-            vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith("norm") else 0.0))
+            end = "" if part.startswith("hc_") else ".weight"
+            name = template.format(layer=layer, last=last, i=i) + end
+            vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith(("norm", "scale")) else 0.0))
             weights[name] = vectors[name]
-            own[{"proj": "eh_proj", "output": "head"}.get(part, part) + ".weight"] = vectors[name]
+            own[{"proj": "eh_proj", "output": "head"}.get(part, part if end else f"hc_head.{part}") + end] = vectors[name]
         for name, like in decoder_layer(case, target, i).items():
             tensor = random(like.shape, 0.2, 1.0 if name.endswith("norm.weight") else 0.0)
             own["layer." + name] = tensor
@@ -442,7 +492,13 @@ def same(found: list[dict[str, torch.Tensor]], truth: list[dict[str, torch.Tenso
 
 @torch.no_grad()
 def true_hidden(target: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """What the target's LM head is given, ``[T, H]``."""
+    """What the head is given: the LM head's inputs ``[T, H]``, or the streams that DeepSeek-V4 makes them of, ``[T, S * H]``."""
+    if target.config.model_type == "deepseek_v4":
+        streams: list[torch.Tensor] = []
+        hook = target.get_decoder().hc_head.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+        target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False)
+        hook.remove()
+        return streams[0][0].flatten(1)
     hidden = target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
     return hidden / getattr(target.config.get_text_config(), "logits_mup_width_multiplier", 1)
 
@@ -809,12 +865,12 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def test_missing_weights_are_named(name: str, make: Callable[..., Made]) -> None:
     made = make(name)
     stored = case_name(made, "hnorm")
-    attention = next(n for n in made.weights if n.endswith(("o_proj.weight", "dense.weight", "wo_ud.weight")))
+    attention = next(n for n in made.weights if n.endswith(("o_proj.weight", "dense.weight", "wo_ud.weight", "wo_b.weight")))
     resave(made.folder, lambda w: [w.pop(n) for n in (stored, attention)])
     with pytest.raises(HeadError) as caught:
         load_head(None, made.target)
     assert f"missing {stored} [32]" in str(caught.value)
-    assert "o_proj.weight" in str(caught.value)
+    assert ("o_b_proj.weight" if name.startswith("deepseek_v4") else "o_proj.weight") in str(caught.value)
     assert str(made.folder) in str(caught.value)
 
 
@@ -917,24 +973,6 @@ def test_a_model_made_from_nothing_has_no_checkpoint() -> None:
         target.config._name_or_path = place
         with pytest.raises(HeadError, match="no checkpoint to look for an MTP head in"):
             find_head(target)
-
-
-def test_deepseek_v4_is_refused_by_name(tmp_path: Path) -> None:
-    """Its heads need more of the target than any engine hands out."""
-    assert [f.name for f in FAMILIES if f.refusal is not None] == ["DeepSeek-V4"]
-    target = tiny_model("llama")
-    target.config.model_type = "deepseek_v4"
-    write(tmp_path, target, {"mtp.0.e_proj.weight": torch.ones(32, 32), "mtp.0.hnorm.weight": torch.ones(32)})
-    with pytest.raises(HeadError) as caught:
-        specfx.speculate(target, "mtp")
-    assert str(caught.value) == (
-        "heads of DeepSeek-V4 can't be drafted with: its layers take the target's hyper-connection streams (hc_mult of them for each "
-        "token) from before hc_head; engines hand out what the LM head is given, where hc_head has made one of them, and the streams "
-        "can't be told from that. Train one with `specfx train mtp` and give its path as head=."
-    )
-    with pytest.raises(HeadError, match="heads of DeepSeek-V4 can't be drafted with"):
-        export_nextn(tmp_path, tmp_path / "nextn")
-    assert target.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0).shape == (1, 5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -66,12 +66,21 @@ class MtpHead(nn.Module):
         wiring: Wiring = Wiring(),  # noqa: B008 (frozen)
         final_norm: Any = None,
         own_head: bool = False,
+        hc_head: Any = None,
     ) -> None:
         super().__init__()
         weight: torch.Tensor = hnorm.weight  # type: ignore[assignment]
         hidden_size, like = weight.shape[0], {"device": weight.device, "dtype": weight.dtype}
         self.enorm, self.hnorm = enorm, hnorm
-        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, **like)
+        self.streams = 1
+        """Hyper-connection streams of a token, that lie in a hidden state one behind the other."""
+        if wiring.streams:
+            like["dtype"] = embed.weight.dtype  # type: ignore[assignment]  # such a target keeps its norms in float32
+            self.e_proj = nn.Linear(hidden_size, hidden_size, bias=False, **like)
+            self.h_proj = nn.Linear(hidden_size, hidden_size, bias=False, **like)
+            self.hc_head, self.streams = hc_head, hc_head.hc_mult
+        else:
+            self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, **like)
         self.layer = layer
         self.norm = norm
         if own_head:
@@ -128,7 +137,7 @@ class MtpHead(nn.Module):
             step = cls._around(layer, target, parts, family)
             step.window = window
             if parts.rotary is not None and "layer_type" in inspect.signature(type(parts.rotary).forward).parameters:
-                step.rope_type = kind
+                step.rope_type = getattr(getattr(layer, "self_attn", None), "rope_layer_type", kind)
             step.divisor = getattr(text, family.divisor) if family.divisor else 1.0
             step.vocabulary = min(step.vocabulary, getattr(text, "unpadded_vocab_size", None) or step.vocabulary)
             steps.append(step)
@@ -148,6 +157,7 @@ class MtpHead(nn.Module):
             wiring=family.wiring,
             final_norm=parts.norm,
             own_head="head" in family.parts,
+            hc_head=copy.deepcopy(parts.decoder.hc_head) if family.wiring.streams else None,
         )
 
     @property
@@ -157,15 +167,20 @@ class MtpHead(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.eh_proj.weight.dtype
+        return self._proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.eh_proj.weight.device
+        return self._proj.weight.device
 
     @property
     def hidden_size(self) -> int:
-        return self.eh_proj.out_features
+        """Numbers in a hidden state, all its streams together."""
+        return self._proj.out_features * self.streams
+
+    @property
+    def _proj(self) -> nn.Linear:
+        return self.h_proj if self.wiring.streams else self.eh_proj
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the first layer is fed for the target's hidden states (the LM head's inputs), ``[..., H]`` -> ``[..., H]``.
@@ -220,17 +235,28 @@ class MtpHead(nn.Module):
         embedded = embed(tokens)
         if self.wiring.zero_first:
             embedded = embedded.masked_fill((positions == 0)[..., None], 0)
-        halves = [self.enorm(embedded), self.hnorm(hidden)]
-        z = self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
-        rotation = {} if rotary is None else {"position_embeddings": rotary(z, positions, *([self.rope_type] if self.rope_type else []))}
+        z = self._joined(embedded, hidden)
+        rotation = {}
+        if rotary is not None:
+            angles = rotary(z, positions, *([self.rope_type] if self.rope_type else []))
+            rotation["position_embeddings"] = {self.rope_type: angles} if self.wiring.streams else angles
         z = self.layer(z, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=kv is not None, **rotation)
         if kv is not None:
             kv.length += tokens.shape[1]
         z = z[0] if isinstance(z, tuple) else z
+        z = z.flatten(2) if self.wiring.streams else z
         return z if self.wiring.feeds_raw else self.norm(z)
 
+    def _joined(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoder layer's input ``[B, T, H]``, or ``[B, T, S, H]`` for S streams ``[B, T, S * H]``."""
+        if self.wiring.streams:
+            each = self.h_proj(self.hnorm(hidden.unflatten(-1, (self.streams, -1))))
+            return each + self.e_proj(self.enorm(embedded))[..., None, :]
+        halves = [self.enorm(embedded), self.hnorm(hidden)]
+        return self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
+        """The LM head on this layer's hidden states: ``[..., hidden_size]`` -> ``[..., V]``. It is the target's, or the layer's own."""
         logits = self._unregistered[1](self._headed(hidden))
         return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
 
@@ -241,6 +267,8 @@ class MtpHead(nn.Module):
         return torch.nn.functional.linear(self._headed(hidden), self.draft_weight, self.draft_bias)
 
     def _headed(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.wiring.streams:  # hc_head takes [B, T, S, H]
+            hidden = self.hc_head(hidden.reshape(1, -1, self.streams, self._proj.out_features)).reshape(*hidden.shape[:-1], -1)
         hidden = self.norm(hidden) if self.wiring.feeds_raw else hidden
         return hidden if self.divisor == 1 else hidden / self.divisor
 
