@@ -26,18 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from specfx.drafters.mtp_families import PLAIN, Family, Wiring, find_head
+from specfx.drafters.mtp_files import DRAFT_VOCAB, read_draft_vocab
 from specfx.drafters.mtp_kv import HeadKV
 from specfx.drafters.mtp_layers import TargetParts, family_layer, own_copy, target_parts, to_target_names
 from specfx.errors import HeadError
 
 PREFIX = "model.layers.0."
-DRAFT_VOCAB = "draft_vocab.safetensors"
-"""File beside a head's `model.safetensors`; its one tensor is ``draft_vocab``: ``[N]`` int64."""
 _OWN = {"enorm.": "enorm.", "hnorm.": "hnorm.", "eh_proj.": "eh_proj.", "norm.": "shared_head.norm."}
 """What stands beside the decoder layer: prefix in `MtpHead` -> prefix in the file (after `PREFIX`)."""
 
@@ -137,6 +135,7 @@ class MtpHead(nn.Module):
             step = cls._around(layer, target, parts, family)
             step.window = window
             if parts.rotary is not None and "layer_type" in inspect.signature(type(parts.rotary).forward).parameters:
+                # DeepSeek-V4's layers know by another name what they take
                 step.rope_type = getattr(getattr(layer, "self_attn", None), "rope_layer_type", kind)
             step.divisor = getattr(text, family.divisor) if family.divisor else 1.0
             step.vocabulary = min(step.vocabulary, getattr(text, "unpadded_vocab_size", None) or step.vocabulary)
@@ -202,7 +201,8 @@ class MtpHead(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` for `logits` and for the next step, from pairs of `tokens` ``[B, T]`` and `hidden` ``[B, T, H]``.
+        """Hidden states ``[B, T, H]`` (H: `hidden_size`) for `logits` and for the next step, from pairs of `tokens` ``[B, T]`` and
+        `hidden` ``[B, T, H]``.
 
         Row i pairs ``hidden[:, i]`` with the token that it predicted; the result (after the head's norm, unless the family feeds on
         what is before it) predicts the token after that. The rows follow those in `kv` and are appended to it. `positions`
@@ -382,22 +382,6 @@ def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Pat
     if draft_vocab is not None:
         head.restrict(read_draft_vocab(draft_vocab))
     return head
-
-
-def save_draft_vocab(ids: torch.Tensor, folder: str | Path) -> Path:
-    """Write the tokens that a head drafts, ``[N]`` int64, as `DRAFT_VOCAB` in `folder`."""
-    file = Path(folder) / DRAFT_VOCAB
-    save_file({"draft_vocab": ids.contiguous()}, file, metadata={"format": "pt"})
-    return file
-
-
-def read_draft_vocab(path: str | Path) -> torch.Tensor:
-    """What `save_draft_vocab` wrote in a file, or in a folder: ``[N]`` int64. Raises `HeadError`."""
-    file = Path(path) / DRAFT_VOCAB if Path(path).is_dir() else Path(path)
-    try:
-        return load_file(file)["draft_vocab"]
-    except (OSError, SafetensorError, KeyError) as e:
-        raise HeadError(f"the draft vocabulary {file} can't be read ({e!r}): give a file that `specfx train mtp` wrote") from e
 
 
 def _identity_norm(norm: Any) -> nn.Module:
