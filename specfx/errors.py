@@ -79,6 +79,7 @@ class Reason(enum.Enum):
     SWITCHED_OFF = "switched off by the user"
     DRAFTS_CHAINS = "this head drafts chains only"
     DRAFTING_APART = "drafting is not part of the graph"
+    HEAD_UNFED = "no engine hands out what this head is fed"
     NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"
     NOT_RECORDED = "steps are not replayed as CUDA graphs"

@@ -27,7 +27,7 @@ from specfx.cli import main
 from specfx.drafters import mtp_families
 from specfx.drafters.mtp import load_drafter
 from specfx.drafters.mtp_export import export_nextn
-from specfx.drafters.mtp_families import FAMILIES, Wiring, find_head
+from specfx.drafters.mtp_families import Wiring, find_head
 from specfx.drafters.mtp_head import MtpHead, load_head, save_head
 from specfx.drafters.mtp_kv import HeadKV
 from specfx.errors import HeadError, Reason
@@ -127,6 +127,45 @@ def _nemotron(*run: str, layers: int = 1) -> Case:
         copies={},
         layers=layers,
         run=run,
+    )
+
+
+STREAMS = 3
+V4_NAMES = (
+    ("self_attn.sinks", "attn.attn_sink"),
+    ("self_attn.q_a_proj", "attn.wq_a"),
+    ("self_attn.q_a_norm", "attn.q_norm"),
+    ("self_attn.q_b_proj", "attn.wq_b"),
+    ("self_attn.kv_proj", "attn.wkv"),
+    ("self_attn.kv_norm", "attn.kv_norm"),
+    ("self_attn.o_a_proj", "attn.wo_a"),
+    ("self_attn.o_b_proj", "attn.wo_b"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("attn_hc.", "hc_attn_"),
+    ("ffn_hc.", "hc_ffn_"),
+    ("mlp.gate.e_score_correction_bias", "ffn.gate.bias"),
+    ("mlp.gate.weight", "ffn.gate.weight"),
+    ("mlp.shared_experts.gate_proj", "ffn.shared_experts.w1"),
+    ("mlp.shared_experts.down_proj", "ffn.shared_experts.w2"),
+    ("mlp.shared_experts.up_proj", "ffn.shared_experts.w3"),
+)
+
+
+def _v4(*kinds: str, layers: int = 1) -> Case:
+    return Case(
+        "deepseek_v4",
+        {k: v for k, v in _NO_HEAD_DIM.items() if k != "intermediate_size"}
+        | {"num_key_value_heads": 1, "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8}
+        | {"layer_types": list(kinds), "sliding_window": WINDOW, "index_n_heads": 4, "index_head_dim": 16, "index_topk": 4}
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hash_layers": 1, "swiglu_limit": 2.0}
+        | {"hc_mult": STREAMS, "hc_sinkhorn_iters": 3, "num_nextn_predict_layers": layers},
+        layer="mtp.{i}.",
+        parts={part: "{layer}" + part for part in ("enorm", "hnorm", "e_proj", "h_proj", "norm")}
+        | {f"hc_{part}": "{layer}hc_head_" + part for part in ("fn", "base", "scale")},
+        copies={},
+        rename=V4_NAMES,
+        layers=layers,
     )
 
 
@@ -265,9 +304,11 @@ CASES: dict[str, Case] = {
     "nemotron_h, two steps": _nemotron("full_attention", "moe", "full_attention", "mlp", layers=2),
     "inkling": _inkling(8, True, [0, 2]),
     "inkling_text": _inkling(2, False, [1]),
+    "deepseek_v4": _v4("heavily_compressed_attention", "compressed_sparse_attention"),
+    "deepseek_v4, windows": _v4("sliding_attention", "sliding_attention", layers=2),
 }
-NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa"}
-"""Models whose `generate` stays stock's: an indexer's keys, or image inputs."""
+NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa", "deepseek_v4", "deepseek_v4, windows"}
+"""Models whose `generate` stays stock's: an indexer's keys, image inputs, or compressed rows and streams that no engine hands out."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
 
@@ -309,6 +350,10 @@ def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torc
             "post_attention_layernorm": layers[0].post_attention_layernorm[0],
         }
         return {f"{name}.{n}": t for name, piece in pieces.items() for n, t in piece.state_dict().items()}
+    if case.model == "deepseek_v4":  # a window and experts, whatever the target's layers have
+        config = copy.deepcopy(target.config)
+        config.layer_types, config.mlp_layer_types = ["sliding_attention"], ["moe"]
+        return type(layers[-1])(config, 0).state_dict()
     if case.stock:
         return type(layers[-1])(target.config.get_mtp_config(), i).state_dict()
     found = layers[-1].state_dict()
@@ -320,6 +365,9 @@ def decoder_layer(case: Case, target: PreTrainedModel, i: int) -> dict[str, torc
 
 def published(case: Case, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """A module's tensor under the names that published checkpoints have: experts one by one."""
+    if case.model == "deepseek_v4" and ".experts." in name:
+        pieces = {"w1": tensor.chunk(2, dim=1)[0], "w3": tensor.chunk(2, dim=1)[1]} if "gate_up" in name else {"w2": tensor}
+        return {f"ffn.experts.{e}.{kind}.weight": t[e] for kind, t in pieces.items() for e in range(len(tensor))}
     if name.endswith("experts.gate_up_proj"):
         gate, up = tensor.chunk(2, dim=1)
         if case.model == "step3p7":
@@ -361,11 +409,14 @@ def checkpoint(case: Case, target: PreTrainedModel) -> tuple[dict[str, torch.Ten
         last = case.layer.format(n=first + i, i=(i + 1) * len(case.run) - 1)
         own: dict[str, torch.Tensor] = {}
         shapes = {"enorm": (size,), "hnorm": (size,), "proj": (size, 2 * size), "norm": (size,), "output": (VOCAB, size)}
+        shapes |= {"e_proj": (size, size), "h_proj": (size, size)}
+        shapes |= {"hc_fn": (STREAMS, STREAMS * size), "hc_base": (STREAMS,), "hc_scale": (1,)}
         for part, template in case.parts.items():
-            name = template.format(layer=layer, last=last, i=i) + ".weight"
-            vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith("norm") else 0.0))
+            end = "" if part.startswith("hc_") else ".weight"
+            name = template.format(layer=layer, last=last, i=i) + end
+            vectors.setdefault(name, random(shapes[part], 0.2, 1.0 if part.endswith(("norm", "scale")) else 0.0))
             weights[name] = vectors[name]
-            own[{"proj": "eh_proj", "output": "head"}.get(part, part) + ".weight"] = vectors[name]
+            own[{"proj": "eh_proj", "output": "head"}.get(part, part if end else f"hc_head.{part}") + end] = vectors[name]
         for name, like in decoder_layer(case, target, i).items():
             tensor = random(like.shape, 0.2, 1.0 if name.endswith("norm.weight") else 0.0)
             own["layer." + name] = tensor
@@ -442,7 +493,13 @@ def same(found: list[dict[str, torch.Tensor]], truth: list[dict[str, torch.Tenso
 
 @torch.no_grad()
 def true_hidden(target: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
-    """What the target's LM head is given, ``[T, H]``."""
+    """What the head is given: the LM head's inputs ``[T, H]``, or the streams that DeepSeek-V4 makes them of, ``[T, S * H]``."""
+    if target.config.model_type == "deepseek_v4":
+        streams: list[torch.Tensor] = []
+        hook = target.get_decoder().hc_head.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+        target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False)
+        hook.remove()
+        return streams[0][0].flatten(1)
     hidden = target.get_decoder()(input_ids=torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
     return hidden / getattr(target.config.get_text_config(), "logits_mup_width_multiplier", 1)
 
@@ -658,7 +715,7 @@ def test_layer_sees_what_it_would_in_its_targets_model(name: str, make: Callable
     assert (head.window == WINDOW) == (name == "inkling")
 
 
-@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "nemotron_h"])
+@pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa", "nemotron_h", "deepseek_v4"])
 @torch.no_grad()
 def test_a_trees_paths_are_chains(name: str, make: Callable[..., Made]) -> None:
     """Each node's probability is that of its path, drafted alone."""
@@ -759,6 +816,150 @@ def test_hidden_state_from_before_the_norm_reaches_hnorm(make: Callable[..., Mad
     torch.testing.assert_close(head.hnorm(head.take(normed)), head.hnorm(raw[0][0]), rtol=1e-4, atol=1e-4)
 
 
+def v4_step(made: Made, tokens: torch.Tensor, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(streams ``[T, S * H]``, logits ``[T, V]``) of a DeepSeek-V4 head over tokens ``[T]`` and streams ``[T, S * H]``, written out from
+    the published weights alone."""
+    config, weights = made.target.config, made.weights
+    n, groups, limit, eps = len(tokens), config.o_groups, config.swiglu_limit, config.rms_norm_eps
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ weights[f"mtp.0.{name}.weight"].T
+
+    def unit(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return weights[f"mtp.0.{name}.weight"] * unit(x)
+
+    def rotated(x: torch.Tensor, way: int) -> torch.Tensor:  # [T, heads, D], the last 8 of D in pairs
+        angles = torch.arange(n)[:, None] * config.rope_theta ** -(torch.arange(0, 8, 2) / 8)
+        turned = torch.view_as_complex(x[..., -8:].unflatten(-1, (4, 2)).contiguous()) * torch.exp(way * 1j * angles)[:, None]
+        return torch.cat([x[..., :-8], torch.view_as_real(turned).flatten(-2)], -1)
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        q = rotated(unit(linear(norm(linear(x, "attn.wq_a"), "attn.q_norm"), "attn.wq_b").view(n, 4, 16)), 1)
+        kv = rotated(norm(linear(x, "attn.wkv"), "attn.kv_norm")[:, None], 1)[:, 0]
+        seen = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - WINDOW)
+        scores = (torch.einsum("ihd,jd->hij", q, kv) / 4).masked_fill(~seen, float("-inf"))
+        sinks = weights["mtp.0.attn.attn_sink"][:, None, None].expand(-1, n, 1)
+        shares = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+        out = rotated(torch.einsum("hij,jd->ihd", shares, kv), -1).reshape(n, groups, -1)
+        lowered = torch.einsum("tgd,grd->tgr", out, weights["mtp.0.attn.wo_a.weight"].unflatten(0, (groups, -1)))
+        return linear(lowered.flatten(1), "attn.wo_b")
+
+    def expert(x: torch.Tensor, name: str) -> torch.Tensor:
+        gate, up = linear(x, f"{name}.w1").clamp(max=limit), linear(x, f"{name}.w3").clamp(-limit, limit)
+        return linear(torch.nn.functional.silu(gate) * up, f"{name}.w2")
+
+    def experts(x: torch.Tensor) -> torch.Tensor:
+        scores = torch.nn.functional.softplus(linear(x, "ffn.gate")).sqrt()
+        chosen = (scores + weights["mtp.0.ffn.gate.bias"]).topk(2).indices
+        share = torch.zeros_like(scores).scatter(1, chosen, scores.gather(1, chosen))
+        share = config.routed_scaling_factor * share / share.sum(-1, keepdim=True)
+        routed = torch.stack([expert(x, f"ffn.experts.{e}") for e in range(4)], 1)
+        return torch.einsum("te,teh->th", share, routed) + expert(x, "ffn.shared_experts")
+
+    def connected(x: torch.Tensor, kind: str, block: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        fn, base, scale = (weights[f"mtp.0.hc_{kind}_{part}"] for part in ("fn", "base", "scale"))
+        raw = (unit(x.flatten(1)) @ fn.T).split([STREAMS, STREAMS, STREAMS**2], -1)
+        pre, post, comb = (a * b + c for a, b, c in zip(raw, scale, base.split([STREAMS, STREAMS, STREAMS**2]), strict=True))
+        comb = comb.view(n, STREAMS, STREAMS).softmax(-1) + config.hc_eps
+        comb = comb / (comb.sum(-2, keepdim=True) + config.hc_eps)
+        for _ in range(config.hc_sinkhorn_iters - 1):
+            comb = comb / (comb.sum(-1, keepdim=True) + config.hc_eps)
+            comb = comb / (comb.sum(-2, keepdim=True) + config.hc_eps)
+        out = block(norm(torch.einsum("ts,tsh->th", pre.sigmoid() + config.hc_eps, x), f"{kind}_norm"))
+        return 2 * post.sigmoid()[..., None] * out[:, None] + torch.einsum("tij,tih->tjh", comb, x)
+
+    embedded = linear(norm(made.target.get_input_embeddings().weight[tokens], "enorm"), "e_proj")
+    z = linear(norm(streams.unflatten(-1, (STREAMS, -1)), "hnorm"), "h_proj") + embedded[:, None]
+    z = connected(connected(z, "attn", attention), "ffn", experts)
+    fn, base, scale = (weights[f"mtp.0.hc_head_{part}"] for part in ("fn", "base", "scale"))
+    shares = (unit(z.flatten(1)) @ fn.T * scale + base).sigmoid() + config.hc_eps
+    final = norm(torch.einsum("ts,tsh->th", shares, z), "norm")
+    return z.flatten(1), final @ made.target.get_output_embeddings().weight.T
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4", "deepseek_v4, windows"])
+@torch.no_grad()
+def test_deepseek_v4s_step_is_that_of_its_weights(name: str, make: Callable[..., Made]) -> None:
+    """Streams and logits, beyond the window: in one forward, row by row behind guesses that leave no trace, and fed with its own."""
+    made, n = make(name), 3 * WINDOW
+    head, tokens = load_head(None, made.target), torch.randint(VOCAB, (n + 3,), generator=torch.Generator().manual_seed(8))
+    assert (head.window, head.hidden_size, head.recurrent) == (WINDOW, STREAMS * 32, False)
+    given = true_hidden(made.target, tokens[:n].tolist())
+    expected, logits = v4_step(made, tokens[1 : n + 1], given)
+    whole = head(tokens[None, 1 : n + 1], given[None])
+    torch.testing.assert_close(whole[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.logits(whole)[0], logits, rtol=1e-4, atol=1e-3)
+    kv = HeadKV()
+    for at, step in ((0, 9), (9, 1), (10, 1), (11, 2), (13, 5), (18, 6)):
+        head(torch.randint(VOCAB, (1, 3)), torch.randn(1, 3, STREAMS * 32), kv)
+        kv.length = at
+        part = head(tokens[None, at + 1 : at + step + 1], given[None, at : at + step], kv)
+        torch.testing.assert_close(part[0], expected[at : at + step], rtol=1e-4, atol=1e-4)
+    for guesses in (tokens[n + 1 :], tokens[n + 1 :].flip(0)):
+        kv.length, fed, rows = n, whole[:, -1:], given
+        for k, guess in enumerate(guesses):
+            fed, rows = head(guess[None, None], fed, kv), torch.cat([rows, fed[0]])
+            expected, logits = v4_step(made, torch.cat([tokens[1 : n + 1], guesses[: k + 1]]), rows)
+            torch.testing.assert_close(fed[0], expected[-1:], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(head.logits(fed)[0], logits[-1:], rtol=1e-4, atol=1e-3)
+
+
+def test_streams_are_not_the_lm_heads_input(make: Callable[..., Made]) -> None:
+    """Which is all that engines hand out: where one could verify drafts, `generate` is still stock's, and says why."""
+    target = make("deepseek_v4, windows").target
+    drafter = load_drafter(MtpOptions(), 63, target)
+    drafter.add(0, [1, 2, 3])
+    with pytest.raises(ValueError, match=r"hidden must be \[m >= 1, 96\] for 1 tokens, got \[3, 32\]"):
+        drafter.accept(0, [4], torch.zeros(3, 32))
+    specfx.speculate(target, "mtp", engine="graph", compile="off")
+    prompt = torch.randint(VOCAB, (1, 9), generator=torch.Generator().manual_seed(1))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(target.generate(prompt, **arguments), type(target).generate(target, prompt, **arguments))
+    report = specfx.explain(target)
+    assert report.verifies == "trees"
+    assert dict(report.stock_calls) == {"no engine hands out what this head is fed": 1}
+    (refusal,) = (r for r in report.refusals if r.reason is Reason.HEAD_UNFED)
+    assert "3 hyper-connection streams" in refusal.detail
+
+
+@torch.no_grad()
+def test_a_deepseek_v4_head_has_its_targets_precisions(make: Callable[..., Made]) -> None:
+    """As transformers loads it in bfloat16: norms, sinks, the router's bias and hyper-connections stay float32."""
+    target = make("deepseek_v4").target.bfloat16()
+    for name, parameter in (*target.named_parameters(), *target.named_buffers()):
+        if any(part in name.split(".") for part in target._keep_in_fp32_modules_strict):
+            parameter.data = parameter.data.float()
+    with pytest.warns(UserWarning, match="stored as float32 and was cast"):
+        drafter = load_drafter(MtpOptions(num_steps=3, topk=1, min_token_prob=0), 63, target)
+    kinds = {name: tensor.dtype for name, tensor in drafter.head.state_dict().items()}
+    for name, kind in kinds.items():
+        assert kind == (torch.float32 if "hc" in name or name.endswith(("norm.weight", "sinks", "bias")) else torch.bfloat16), name
+    drafter.add(0, [1, 2, 3])
+    drafter.accept(0, [4], true_hidden(target, [1, 2, 3]))
+    assert len(drafter.propose([0], [3])[0]) == 3
+
+
+@pytest.mark.parametrize("part", ["hc_head_scale", "hc_attn_fn", "attn.attn_sink", "e_proj.weight"])
+def test_deepseek_v4s_own_parts_are_read_strictly(part: str, make: Callable[..., Made]) -> None:
+    made = make("deepseek_v4")
+    """Those that transformers renames are called by their names there."""
+    name = f"mtp.0.{part}"
+    ours = {"hc_attn_fn": "mtp.0.attn_hc.fn", "attn.attn_sink": "mtp.0.self_attn.sinks"}.get(part, name)
+    shape = list(made.weights[name].shape)
+    resave(made.folder, lambda w: w.update({name: torch.ones(*shape, 2)}))
+    with pytest.raises(HeadError) as caught:
+        load_head(None, made.target)
+    assert f"{ours} is {[*shape, 2]} in the file, {shape} for this target" in str(caught.value)
+    resave(made.folder, lambda w: (w.pop(name), w.update({name + "_inv": torch.ones(shape)})))
+    with pytest.raises(HeadError) as caught:
+        load_head(None, made.target)
+    assert f"missing {ours} {shape}" in str(caught.value)
+    assert "left over" in str(caught.value)
+
+
 HIDDEN_FIRST, NO_NORM, ZERO_FIRST, GEMMA = (
     {"mimo", "inkling", "inkling_text"},
     {"ernie4_5_moe", "inkling_text"},
@@ -767,7 +968,7 @@ HIDDEN_FIRST, NO_NORM, ZERO_FIRST, GEMMA = (
 )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("deepseek_v4")])
 @torch.no_grad()
 def test_wiring_is_the_familys(name: str, make: Callable[..., Made]) -> None:
     """What goes into the decoder layer and what becomes of its output, written out from the checkpoint's weights."""
@@ -809,12 +1010,12 @@ def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
 def test_missing_weights_are_named(name: str, make: Callable[..., Made]) -> None:
     made = make(name)
     stored = case_name(made, "hnorm")
-    attention = next(n for n in made.weights if n.endswith(("o_proj.weight", "dense.weight", "wo_ud.weight")))
+    attention = next(n for n in made.weights if n.endswith(("o_proj.weight", "dense.weight", "wo_ud.weight", "wo_b.weight")))
     resave(made.folder, lambda w: [w.pop(n) for n in (stored, attention)])
     with pytest.raises(HeadError) as caught:
         load_head(None, made.target)
     assert f"missing {stored} [32]" in str(caught.value)
-    assert "o_proj.weight" in str(caught.value)
+    assert ("o_b_proj.weight" if name.startswith("deepseek_v4") else "o_proj.weight") in str(caught.value)
     assert str(made.folder) in str(caught.value)
 
 
@@ -917,24 +1118,6 @@ def test_a_model_made_from_nothing_has_no_checkpoint() -> None:
         target.config._name_or_path = place
         with pytest.raises(HeadError, match="no checkpoint to look for an MTP head in"):
             find_head(target)
-
-
-def test_deepseek_v4_is_refused_by_name(tmp_path: Path) -> None:
-    """Its heads need more of the target than any engine hands out."""
-    assert [f.name for f in FAMILIES if f.refusal is not None] == ["DeepSeek-V4"]
-    target = tiny_model("llama")
-    target.config.model_type = "deepseek_v4"
-    write(tmp_path, target, {"mtp.0.e_proj.weight": torch.ones(32, 32), "mtp.0.hnorm.weight": torch.ones(32)})
-    with pytest.raises(HeadError) as caught:
-        specfx.speculate(target, "mtp")
-    assert str(caught.value) == (
-        "heads of DeepSeek-V4 can't be drafted with: its layers take the target's hyper-connection streams (hc_mult of them for each "
-        "token) from before hc_head; engines hand out what the LM head is given, where hc_head has made one of them, and the streams "
-        "can't be told from that. Train one with `specfx train mtp` and give its path as head=."
-    )
-    with pytest.raises(HeadError, match="heads of DeepSeek-V4 can't be drafted with"):
-        export_nextn(tmp_path, tmp_path / "nextn")
-    assert target.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0).shape == (1, 5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -22,7 +22,8 @@ from torch import Tensor
 
 import specfx
 from specfx.drafters.mtp import MtpDrafter, load_drafter
-from specfx.drafters.mtp_head import DRAFT_VOCAB, MtpHead, load_head, read_draft_vocab, save_draft_vocab, save_head
+from specfx.drafters.mtp_files import DRAFT_VOCAB, read_draft_vocab, save_draft_vocab
+from specfx.drafters.mtp_head import MtpHead, load_head, save_head
 from specfx.drafters.mtp_tree import draft, trees
 from specfx.errors import HeadError, OptionError
 from specfx.kernels import cpu_build

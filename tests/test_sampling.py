@@ -18,7 +18,8 @@ from tiny import tiny_model
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import specfx
-from specfx.drafters.mtp_head import MtpHead, save_draft_vocab, save_head
+from specfx.drafters.mtp_files import save_draft_vocab
+from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
 from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference

@@ -117,10 +117,16 @@ class MtpDrafter:
         self.head, self.shape, self._origin, self._floor = head, shape, origin, floor
         self.layers = head.chain[: shape.num_steps]
         self.refusals: list[Refusal] = []
-        self.drafting = None if head.recurrent else Drafting(head, shape)
+        self.drafting = None if head.recurrent or head.wiring.streams else Drafting(head, shape)
         if head.recurrent:
             detail = "a head with convolutions is run beside the graph, in eager PyTorch"
             self.refusals.append(Refusal("mtp drafting", Reason.DRAFTING_APART, detail))
+        if head.wiring.streams:
+            detail = (
+                f"its layer takes the target's {head.streams} hyper-connection streams of each token; engines hand out what the LM head is "
+                "given, where hc_head has made one of them, and the streams can't be told from that"
+            )
+            self.refusals.append(Refusal("mtp drafting", Reason.HEAD_UNFED, detail))
         self._sequences: dict[int, _Sequence] = {}
         self._right: deque[bool] = deque(maxlen=_JUDGED)
         self._rests, self._warned, self._steps_rested = False, False, 0

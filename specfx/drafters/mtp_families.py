@@ -31,18 +31,21 @@ class Wiring:
 
     hidden_first: the projection takes ``[hidden; embedding]``. takes_raw: it is fed the target's hidden state from before the final
     norm. feeds_raw: and, from the second step on, its own from before its norm (the norm is then part of `MtpHead.logits`).
-    zero_first: the embedding in the pair at position 0 is zero.
+    zero_first: the embedding in the pair at position 0 is zero. streams: hidden states are the hyper-connection streams of a token, of
+    which each is projected and added to the projected embedding; the head's own ``hc_head`` makes one of them before its norm.
     """
 
     hidden_first: bool = False
     takes_raw: bool = False
     feeds_raw: bool = False
     zero_first: bool = False
+    streams: bool = False
 
 
 _DEEPSEEK_PARTS = {"enorm": "{layer}enorm.", "hnorm": "{layer}hnorm.", "eh_proj": "{layer}eh_proj.", "norm": "{layer}shared_head.norm."}
 _FINAL_LAYERNORM = _DEEPSEEK_PARTS | {"norm": "{layer}final_layernorm."}
 _QWEN_PARTS = {"enorm": "mtp.pre_fc_norm_embedding.", "hnorm": "mtp.pre_fc_norm_hidden.", "eh_proj": "mtp.fc.", "norm": "mtp.norm."}
+_STREAM_PARTS = {part: "{layer}" + part + "." for part in ("enorm", "hnorm", "e_proj", "h_proj")}
 _APPENDED = ("model.layers.{n}.", "model.language_model.layers.{n}.")
 
 
@@ -53,15 +56,16 @@ class Family:
     In templates ``{i}`` is the head's layer, ``{n}`` the number of the target's layers plus ``i``, ``{layer}`` the layer's prefix (of a
     run of sublayers ``{i}`` counts these, ``{layer}`` is the first one's and ``{last}`` the last one's).
 
-    layer: prefixes of layer i's weights, of which a checkpoint has one. parts: what stands beside the decoder layer, name in `MtpHead`
-    -> prefix in the checkpoint (no ``norm``: the family has no final norm; ``head``: an LM head of its own). root: all names that
+    layer: prefixes of layer i's weights, of which a checkpoint has one. parts: what stands beside the decoder layer, prefix in `MtpHead`
+    -> prefix in the checkpoint (no ``norm``: the family has no final norm; ``head``: an LM head of its own); the first ends where the
+    second does, before a dot or an underscore. root: all names that
     belong to heads, if they aren't just the layers'. ignored: copies of what the target shares. strip: infixes without meaning.
     renames: a decoder layer's names that differ from the target's layers'. count: the config's field for the number of layers; absent,
     there are `default`, or as many as the checkpoint holds. stated: parts that are there only if a field of the config is true. run: the
-    config's fields that list the sublayers that are one layer of the head together. converted_as: the model type whose names
+    config's fields that list the sublayers that are one layer of the head together. kinds: the config's fields that list the target's
+    kinds of layer -> the kind of the head's. converted_as: the model type whose names
     transformers converts, for a target of one that has none converted. norm, rotary: the target's final norm, and whether its layers
-    take rotary positions. divisor: the config's field for what the target divides the LM head's input by. refusal: why a head of this
-    family can't be drafted with.
+    take rotary positions. divisor: the config's field for what the target divides the LM head's input by.
     """
 
     name: str
@@ -76,12 +80,12 @@ class Family:
     default: int | None = None
     stated: Mapping[str, str] = field(default_factory=dict)
     run: tuple[str, ...] = ()
+    kinds: Mapping[str, str] = field(default_factory=dict)
     converted_as: str | None = None
     norm: str = "norm"
     rotary: bool = True
     divisor: str | None = None
     wiring: Wiring = Wiring()
-    refusal: str | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -187,13 +191,16 @@ FAMILIES: tuple[Family, ...] = (
         divisor="logits_mup_width_multiplier",
         wiring=Wiring(hidden_first=True),
     ),
+    # Wiring of the checkpoint's own inference code. Its compress_ratios end with a 0 for the head: a window, and no compressed rows.
     Family(
         "DeepSeek-V4",
         ("deepseek_v4",),
         layer=("mtp.{i}.",),
+        parts=_STREAM_PARTS | {"norm": "{layer}norm.", "hc_head.hc": "{layer}hc_head_"},
         root="mtp.",
-        refusal="its layers take the target's hyper-connection streams (hc_mult of them for each token) from before hc_head; engines hand "
-        "out what the LM head is given, where hc_head has made one of them, and the streams can't be told from that",
+        ignored=("{layer}emb.tok_emb.", "{layer}head."),
+        kinds={"layer_types": "sliding_attention", "mlp_layer_types": "moe"},
+        wiring=Wiring(feeds_raw=True, streams=True),
     ),
 )
 
@@ -207,7 +214,11 @@ def exported(family: Family) -> Family:
     return dataclasses.replace(family, layer=PLAIN.layer, parts=parts, root="", ignored=(), strip=(), renames=(), count=None, default=None)
 
 
-_EXPORTED_PARTS = _DEEPSEEK_PARTS | {"norm": "{last}shared_head.norm.", "head": "{layer}shared_head.head."}
+_EXPORTED_PARTS = (
+    _DEEPSEEK_PARTS
+    | _STREAM_PARTS
+    | {"norm": "{last}shared_head.norm.", "head": "{layer}shared_head.head.", "hc_head.hc": "{layer}hc_head_"}
+)
 _PATTERN = {"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"}
 
 
@@ -283,9 +294,10 @@ class FoundHead:
 
 def stored_name(family: Family, prefixes: tuple[str, ...], i: int, part: str) -> str:
     """What `part` of a head's layer `i` is called in a checkpoint of `family` whose (sub)layers have these `prefixes`."""
-    own, _, rest = part.partition(".")
-    if own != "layer":
-        return _fill(family.parts[own], prefixes, i) + rest
+    for own, template in family.parts.items():
+        if part.startswith(own + template[-1]):
+            return _fill(template, prefixes, i) + part[len(own) + 1 :]
+    rest = part.removeprefix("layer.")
     place, _, after = rest.partition(".") if family.run else ("0", "", rest)
     return prefixes[int(place)] + after
 
@@ -295,7 +307,7 @@ def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
     in the Hub's cache).
 
     `path` is a safetensors file or a folder with a head of specfx, an exported NextN folder, or a checkpoint of a known family.
-    Reads names only. Raises `HeadError` if there is no head or it is of a family that can't be drafted with.
+    Reads names only. Raises `HeadError` if there is no head.
     """
     if path is not None:
         return find_head_in(Path(path))[0]
@@ -321,8 +333,6 @@ def find_head_in(place: Path) -> tuple[FoundHead, dict[str, Any]]:
 
 def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> FoundHead:
     """The head of `family` among the names in `files`. Raises `HeadError` if there is none."""
-    if family.refusal is not None:
-        raise HeadError(f"heads of {family.name} can't be drafted with: {family.refusal}. {TRAIN}")
     text = text_fields(config)
     first = int(text.get("num_hidden_layers") or text.get("num_layers") or 0)
     size = len(run_kinds(family, text))
@@ -381,7 +391,7 @@ def _assign(family: Family, names: Iterable[str], prefixes: tuple[str, ...], i: 
         if plain.startswith(ignored) and ignored:
             skipped.add(name)
         elif own is not None:
-            found[f"{own}." + plain.removeprefix(parts[own])] = name
+            found[own + plain[len(parts[own]) - 1 :]] = name
         elif place is not None:
             rest = plain.removeprefix(prefixes[place])
             for old, new in family.renames:
@@ -391,4 +401,4 @@ def _assign(family: Family, names: Iterable[str], prefixes: tuple[str, ...], i: 
 
 
 def _known() -> str:
-    return "known families: " + ", ".join(f.name for f in FAMILIES if f.refusal is None)
+    return "known families: " + ", ".join(f.name for f in FAMILIES)

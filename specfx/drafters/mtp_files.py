@@ -1,4 +1,4 @@
-"""The files of a checkpoint: where it is, which weight lies in which safetensors file, and its config."""
+"""The files of a checkpoint: where it is, which weight lies in which safetensors file, and its config; and that of a draft vocabulary."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from specfx.errors import HeadError
 
 TRAIN = "Train one with `specfx train mtp` and give its path as head=."
+DRAFT_VOCAB = "draft_vocab.safetensors"
+"""File beside a head's `model.safetensors`; its one tensor is ``draft_vocab``: ``[N]`` int64."""
 
 
 def read_tensor(file: Any, name: str) -> torch.Tensor:
@@ -91,3 +94,19 @@ def text_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def model_types(config: Mapping[str, Any]) -> tuple[str | None, ...]:
     """The whole model's and the language model's, if they are named."""
     return config.get("model_type"), text_fields(config).get("model_type")
+
+
+def save_draft_vocab(ids: torch.Tensor, folder: str | Path) -> Path:
+    """Write the tokens that a head drafts, ``[N]`` int64, as `DRAFT_VOCAB` in `folder`."""
+    file = Path(folder) / DRAFT_VOCAB
+    save_file({"draft_vocab": ids.contiguous()}, file, metadata={"format": "pt"})
+    return file
+
+
+def read_draft_vocab(path: str | Path) -> torch.Tensor:
+    """What `save_draft_vocab` wrote in a file, or in a folder: ``[N]`` int64. Raises `HeadError`."""
+    file = Path(path) / DRAFT_VOCAB if Path(path).is_dir() else Path(path)
+    try:
+        return load_file(file)["draft_vocab"]
+    except (OSError, SafetensorError, KeyError) as e:
+        raise HeadError(f"the draft vocabulary {file} can't be read ({e!r}): give a file that `specfx train mtp` wrote") from e

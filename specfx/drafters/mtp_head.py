@@ -26,18 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from specfx.drafters.mtp_families import PLAIN, Family, Wiring, find_head
+from specfx.drafters.mtp_files import DRAFT_VOCAB, read_draft_vocab
 from specfx.drafters.mtp_kv import HeadKV
 from specfx.drafters.mtp_layers import TargetParts, family_layer, own_copy, target_parts, to_target_names
 from specfx.errors import HeadError
 
 PREFIX = "model.layers.0."
-DRAFT_VOCAB = "draft_vocab.safetensors"
-"""File beside a head's `model.safetensors`; its one tensor is ``draft_vocab``: ``[N]`` int64."""
 _OWN = {"enorm.": "enorm.", "hnorm.": "hnorm.", "eh_proj.": "eh_proj.", "norm.": "shared_head.norm."}
 """What stands beside the decoder layer: prefix in `MtpHead` -> prefix in the file (after `PREFIX`)."""
 
@@ -66,12 +64,21 @@ class MtpHead(nn.Module):
         wiring: Wiring = Wiring(),  # noqa: B008 (frozen)
         final_norm: Any = None,
         own_head: bool = False,
+        hc_head: Any = None,
     ) -> None:
         super().__init__()
         weight: torch.Tensor = hnorm.weight  # type: ignore[assignment]
         hidden_size, like = weight.shape[0], {"device": weight.device, "dtype": weight.dtype}
         self.enorm, self.hnorm = enorm, hnorm
-        self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, **like)
+        self.streams = 1
+        """Hyper-connection streams of a token, that lie in a hidden state one behind the other."""
+        if wiring.streams:
+            like["dtype"] = embed.weight.dtype  # type: ignore[assignment]  # such a target keeps its norms in float32
+            self.e_proj = nn.Linear(hidden_size, hidden_size, bias=False, **like)
+            self.h_proj = nn.Linear(hidden_size, hidden_size, bias=False, **like)
+            self.hc_head, self.streams = hc_head, hc_head.hc_mult
+        else:
+            self.eh_proj = nn.Linear(2 * hidden_size, hidden_size, bias=False, **like)
         self.layer = layer
         self.norm = norm
         if own_head:
@@ -128,7 +135,8 @@ class MtpHead(nn.Module):
             step = cls._around(layer, target, parts, family)
             step.window = window
             if parts.rotary is not None and "layer_type" in inspect.signature(type(parts.rotary).forward).parameters:
-                step.rope_type = kind
+                # DeepSeek-V4's layers know by another name what they take
+                step.rope_type = getattr(getattr(layer, "self_attn", None), "rope_layer_type", kind)
             step.divisor = getattr(text, family.divisor) if family.divisor else 1.0
             step.vocabulary = min(step.vocabulary, getattr(text, "unpadded_vocab_size", None) or step.vocabulary)
             steps.append(step)
@@ -148,6 +156,7 @@ class MtpHead(nn.Module):
             wiring=family.wiring,
             final_norm=parts.norm,
             own_head="head" in family.parts,
+            hc_head=copy.deepcopy(parts.decoder.hc_head) if family.wiring.streams else None,
         )
 
     @property
@@ -157,15 +166,20 @@ class MtpHead(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.eh_proj.weight.dtype
+        return self._proj.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.eh_proj.weight.device
+        return self._proj.weight.device
 
     @property
     def hidden_size(self) -> int:
-        return self.eh_proj.out_features
+        """Numbers in a hidden state, all its streams together."""
+        return self._proj.out_features * self.streams
+
+    @property
+    def _proj(self) -> nn.Linear:
+        return self.h_proj if self.wiring.streams else self.eh_proj
 
     def take(self, hidden: torch.Tensor) -> torch.Tensor:
         """What the first layer is fed for the target's hidden states (the LM head's inputs), ``[..., H]`` -> ``[..., H]``.
@@ -187,7 +201,8 @@ class MtpHead(nn.Module):
         positions: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states ``[B, T, H]`` for `logits` and for the next step, from pairs of `tokens` ``[B, T]`` and `hidden` ``[B, T, H]``.
+        """Hidden states ``[B, T, H]`` (H: `hidden_size`) for `logits` and for the next step, from pairs of `tokens` ``[B, T]`` and
+        `hidden` ``[B, T, H]``.
 
         Row i pairs ``hidden[:, i]`` with the token that it predicted; the result (after the head's norm, unless the family feeds on
         what is before it) predicts the token after that. The rows follow those in `kv` and are appended to it. `positions`
@@ -220,17 +235,28 @@ class MtpHead(nn.Module):
         embedded = embed(tokens)
         if self.wiring.zero_first:
             embedded = embedded.masked_fill((positions == 0)[..., None], 0)
-        halves = [self.enorm(embedded), self.hnorm(hidden)]
-        z = self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
-        rotation = {} if rotary is None else {"position_embeddings": rotary(z, positions, *([self.rope_type] if self.rope_type else []))}
+        z = self._joined(embedded, hidden)
+        rotation = {}
+        if rotary is not None:
+            angles = rotary(z, positions, *([self.rope_type] if self.rope_type else []))
+            rotation["position_embeddings"] = {self.rope_type: angles} if self.wiring.streams else angles
         z = self.layer(z, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=kv is not None, **rotation)
         if kv is not None:
             kv.length += tokens.shape[1]
         z = z[0] if isinstance(z, tuple) else z
+        z = z.flatten(2) if self.wiring.streams else z
         return z if self.wiring.feeds_raw else self.norm(z)
 
+    def _joined(self, embedded: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """The decoder layer's input ``[B, T, H]``, or ``[B, T, S, H]`` for S streams ``[B, T, S * H]``."""
+        if self.wiring.streams:
+            each = self.h_proj(self.hnorm(hidden.unflatten(-1, (self.streams, -1))))
+            return each + self.e_proj(self.enorm(embedded))[..., None, :]
+        halves = [self.enorm(embedded), self.hnorm(hidden)]
+        return self.eh_proj(torch.cat(halves[::-1] if self.wiring.hidden_first else halves, dim=-1))
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The LM head on this layer's hidden states: ``[..., H]`` -> ``[..., V]``. It is the target's, or the layer's own."""
+        """The LM head on this layer's hidden states: ``[..., hidden_size]`` -> ``[..., V]``. It is the target's, or the layer's own."""
         logits = self._unregistered[1](self._headed(hidden))
         return logits if logits.shape[-1] == self.vocabulary else logits[..., : self.vocabulary]
 
@@ -241,6 +267,8 @@ class MtpHead(nn.Module):
         return torch.nn.functional.linear(self._headed(hidden), self.draft_weight, self.draft_bias)
 
     def _headed(self, hidden: torch.Tensor) -> torch.Tensor:
+        if self.wiring.streams:  # hc_head takes [B, T, S, H]
+            hidden = self.hc_head(hidden.reshape(1, -1, self.streams, self._proj.out_features)).reshape(*hidden.shape[:-1], -1)
         hidden = self.norm(hidden) if self.wiring.feeds_raw else hidden
         return hidden if self.divisor == 1 else hidden / self.divisor
 
@@ -354,22 +382,6 @@ def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Pat
     if draft_vocab is not None:
         head.restrict(read_draft_vocab(draft_vocab))
     return head
-
-
-def save_draft_vocab(ids: torch.Tensor, folder: str | Path) -> Path:
-    """Write the tokens that a head drafts, ``[N]`` int64, as `DRAFT_VOCAB` in `folder`."""
-    file = Path(folder) / DRAFT_VOCAB
-    save_file({"draft_vocab": ids.contiguous()}, file, metadata={"format": "pt"})
-    return file
-
-
-def read_draft_vocab(path: str | Path) -> torch.Tensor:
-    """What `save_draft_vocab` wrote in a file, or in a folder: ``[N]`` int64. Raises `HeadError`."""
-    file = Path(path) / DRAFT_VOCAB if Path(path).is_dir() else Path(path)
-    try:
-        return load_file(file)["draft_vocab"]
-    except (OSError, SafetensorError, KeyError) as e:
-        raise HeadError(f"the draft vocabulary {file} can't be read ({e!r}): give a file that `specfx train mtp` wrote") from e
 
 
 def _identity_norm(norm: Any) -> nn.Module:

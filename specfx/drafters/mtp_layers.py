@@ -100,6 +100,12 @@ def family_layer(
     if family.run:
         return _run(target, parts, family), "full_attention", None
     place = 0
+    if family.kinds:
+        config = copy.deepcopy(parts.decoder.config)
+        for name, listed in family.kinds.items():
+            setattr(config, name, [listed])
+        layer, kind = _like_targets(type(parts.layer)(config, 0), parts), family.kinds["layer_types"]
+        return _alone(layer, target), kind, config.sliding_window if kind in _SLIDING else None
     try:
         config = target.config.get_mtp_config()
         layer = _like_targets(type(parts.layer)(config, i), parts)

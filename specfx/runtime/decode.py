@@ -26,7 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine
-from specfx.errors import KVPoolError
+from specfx.errors import KVPoolError, Reason
 from specfx.runtime import page_cache
 from specfx.runtime.budget import Budget
 from specfx.runtime.choice import Record
@@ -49,6 +49,7 @@ def stock_reason(
     config: GenerationConfig,
     streamer: BaseStreamer | None,
     engine: Engine,
+    drafter: Drafter,
     inputs: dict[str, Any],
     cache: DynamicCache | None = None,
     pages: PageCache | None = None,
@@ -56,6 +57,8 @@ def stock_reason(
     """Why this call goes to the stock method; None if it is accelerated."""
     if engine.verifies == "nothing":
         return "no engine can verify drafts on this model"
+    if any(refusal.reason is Reason.HEAD_UNFED for refusal in drafter.refusals):
+        return Reason.HEAD_UNFED.value
     if config.return_dict_in_generate:
         asked = [n for n in ("output_attentions", "output_hidden_states") if getattr(config, n, False)]
         if asked:
@@ -111,7 +114,7 @@ def speculative_decode(
     Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call.
     """
     config, engine, pages = generation_config, keeper.engine, page_cache.beside(cache)
-    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, inputs, cache, pages)
+    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, drafter, inputs, cache, pages)
     if reason is not None:
         record_stock(reason)
         return type(model)._sample(

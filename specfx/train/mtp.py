@@ -194,7 +194,7 @@ def _evaluated(title: str, job: Job, held_out: Any, vocabulary: Any = None) -> d
 
 def _write_vocabulary(job: Job, head: MtpHead, held_out: Any) -> dict[str, Any]:
     """Choose the draft vocabulary, write it, and tell how much of held-out text it holds and what it costs in acceptance."""
-    from specfx.drafters.mtp_head import save_draft_vocab
+    from specfx.drafters.mtp_files import save_draft_vocab
     from specfx.train import vocabulary
     from specfx.train.data import end_tokens
 
