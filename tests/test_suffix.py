@@ -574,8 +574,8 @@ def test_compiled_code_is_kept_in_a_folder_of_its_sources(tmp_path: Path, monkey
 # --- soak -------------------------------------------------------------------------------------------------------------------------
 
 
-def test_thirty_thousand_tokens_in_a_small_cache() -> None:
-    """Four requests at a time write copies, edits and news. The counts stay exact, and the memory is what it was in the first rounds."""
+def test_sixty_thousand_tokens_in_a_small_cache() -> None:
+    """Four requests at a time write copies, edits and news. The counts stay exact, and the memory is what it was in the first half."""
     rng = random.Random(0)
     source = words("tests/test_kernels.py", 6000) + [token + 5000 for token in words("tests/test_api.py", 6000)]
     drafter = SuffixDrafter(SuffixOptions(max_cached_tokens=2000, max_tree_depth=16), 15)
@@ -606,12 +606,12 @@ def test_thirty_thousand_tokens_in_a_small_cache() -> None:
                 assert tree.arena[suffix_tree.at(place) + suffix_tree.COUNT] == contexts.count(context)
         if seq % 50 == 49:
             drafter.evict(rng.choice((0, 500, 1500)))
-        if written > 30_000:
+        if written > 60_000:
             break
     assert_exact(drafter.cache.tree, contexts_of(drafter), stamped=False)
     assert drafted > 5000
     assert drafter.statistics().evicted > 100
-    first, later = sizes[: len(sizes) // 3], sizes[len(sizes) // 3 :]
+    first, later = sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]
     for early, late in zip(map(max, zip(*first, strict=True)), map(max, zip(*later, strict=True)), strict=True):
         assert late <= 1.1 * early
 
