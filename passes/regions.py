@@ -149,10 +149,9 @@ def _outline(module: fx.GraphModule, name: str, alike: Sequence[_Stretch], repla
     ]
     returned = sorted(set().union(*read_outside))
     for stretch in alike:
-        stretch.inputs = [replaced.get(n, n) for n in stretch.inputs]
-    setattr(module, name, _region(module, alike[0], returned))
-    for stretch in alike:
         inputs = [replaced.get(n, n) for n in stretch.inputs]  # of the call before, say
+        if stretch is alike[0]:
+            setattr(module, name, _region(stretch.nodes, inputs, returned))
         last = stretch.nodes[-1]
         with module.graph.inserting_after(last):
             region = module.graph.get_attr(name)
@@ -171,28 +170,25 @@ def _outline(module: fx.GraphModule, name: str, alike: Sequence[_Stretch], repla
             module.graph.erase_node(node)
 
 
-def _region(module: fx.GraphModule, stretch: _Stretch, returned: Sequence[int]) -> fx.GraphModule:
+def _region(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], returned: Sequence[int]) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    for i, node in enumerate(stretch.inputs):
+    for i, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"in{i}")
         copies[node].meta["val"] = node.meta["val"]
 
-    def copy(node: fx.Node) -> fx.Node:
-        if node not in copies:
-            if not _is_size(node):
-                raise PassError(f"{node} is neither in the region nor an input of it")
-            for source in node.all_input_nodes:
-                copy(source)
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-        return copies[node]
-
-    for node in stretch.nodes:
+    def copy(node: fx.Node) -> None:
         for source in node.all_input_nodes:
-            copy(source)
+            if source not in copies:
+                if not _is_size(source):
+                    raise PassError(f"{source} is neither in the region nor an input of it")
+                copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[stretch.nodes[i]] for i in returned))
-    graph.output_node().meta["val"] = tuple(stretch.nodes[i].meta["val"] for i in returned)
+
+    for node in nodes:
+        copy(node)
+    graph.output(tuple(copies[nodes[i]] for i in returned))
+    graph.output_node().meta["val"] = tuple(nodes[i].meta["val"] for i in returned)
     return fx.GraphModule({}, graph)
 
 

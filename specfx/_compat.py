@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -97,6 +96,8 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
+    from specfx.passes.framework import attribute
+
     weights = {str(n.target): n.meta["val"] for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)}
     fakes = [*weights.values(), *example_inputs]
     mode = fakes[-1].fake_mode
@@ -107,7 +108,7 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
             traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
         with V.set_fake_mode(mode):
             compiled: Any = compile_fx_inner(traced, fakes)
-    held = [functools.reduce(getattr, name.split("."), module) for name in weights]
+    held = [attribute(module, name) for name in weights]
     return lambda *inputs: compiled([*held, *inputs])
 
 

@@ -148,7 +148,7 @@ def test_compiled_checks_compare_what_inductor_made(monkeypatch: pytest.MonkeyPa
     rows = list(gpu_checks.compiled(ON_CPU))
     assert [(row.ok, row.figures["through"]) for row in rows] == [(True, "template")] * 4
     monkeypatch.setattr("specfx._compat.run_and_get_code", lambda call, **arguments: (call(**arguments), ["specfx.tree_attention_"]))
-    monkeypatch.setattr(gpu_checks, "register_lowering", lambda: True)
+    monkeypatch.setattr(gpu_checks.inductor_attention, "register", lambda: None)
     rows = list(gpu_checks.compiled(ON_CPU))
     assert [(row.ok, row.figures["through"]) for row in rows] == [(True, "a call"), (False, "a call")] * 2
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import itertools
 import random
 import tempfile
@@ -25,7 +23,7 @@ from specfx.engines.base import Rows
 from specfx.engines.choose import Prepared
 from specfx.engines.paged import graph_engine
 from specfx.errors import Refusal
-from specfx.kernels import cpu_build, triton_kernels
+from specfx.kernels import cpu_build, inductor_attention, triton_kernels
 from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference
 from specfx.kernels.keyed_sample import keyed_gumbel, keyed_sample, keyed_sample_reference
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference, tree_positions, tree_positions_reference
@@ -154,7 +152,7 @@ def compiled(settings: Settings) -> Iterator[Row]:
     """The op as Inductor lowers it against the reference: as a call, for all sizes, and tuned for fixed ones (there through a template,
     or the plain kernel if that measures faster)."""
     register(settings.device)
-    lowers = register_lowering()
+    inductor_attention.register()
     device = torch.device(settings.device)
     shapes = [uniform(b, c, r, dtype=dtype) for b, c, r in ((1, 1000, 16), (8, 300, 5)) for dtype in (torch.bfloat16, torch.float32)]
     shapes += [Shape((300, 20), (64, 3), 3, 3, 64, 64, 16, 50, 20.0, True, torch.float16), uniform(1, 50, 200)]
@@ -171,15 +169,7 @@ def compiled(settings: Settings) -> Iterator[Row]:
 
         row = compare_attention(f"{'tuned' if fixed else 'all sizes'}: {shape}", batch, kept)
         took = [how for how, name in (("template", "triton_tem"), ("kernel", "specfx_tree_attend")) if any(name in c for c in codes)]
-        yield Row(row.what, row.ok and bool(took or not (fixed and lowers)), {**row.figures, "through": ", ".join(took) or "a call"})
-
-
-def register_lowering() -> bool:
-    """Let Inductor use the template for the op, where there is one."""
-    if importlib.util.find_spec("specfx.kernels.inductor_attention") is None:
-        return False
-    importlib.import_module("specfx.kernels.inductor_attention").register()
-    return True
+        yield Row(row.what, row.ok and bool(took or not fixed), {**row.figures, "through": ", ".join(took) or "a call"})
 
 
 # --- replays --------------------------------------------------------------------------------------------------------------------

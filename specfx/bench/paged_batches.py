@@ -156,17 +156,28 @@ def visible(tree_mask: Tensor, lengths: Tensor, columns: int) -> Tensor:
     return (row < 0) | ((row < masks.shape[1]) & ((masks >> row.clamp(0, MAX_ROWS - 1)) & 1 != 0))
 
 
+def _grouped(q: Tensor, tree_mask: Tensor, lengths: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The query heads of a group as further rows, so that no key is repeated, ``[S, G, share * R, D]``, and their mask."""
+    sequences, groups = lengths.shape[0], keys.shape[2]
+    share = q.shape[1] // groups
+    grouped = q.view(sequences, q.shape[0] // sequences, groups, share, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    return grouped, visible(tree_mask, lengths, keys.shape[1])[:, None].repeat(1, 1, share, 1)
+
+
+def _flat(out: Tensor, q: Tensor) -> Tensor:
+    """What `_grouped` rows gave, ``[T, Hq, D]``."""
+    sequences, groups = out.shape[:2]
+    return out.view(sequences, groups, q.shape[1] // groups, -1, out.shape[3]).permute(0, 3, 1, 2, 4).reshape(q.shape[0], q.shape[1], -1)
+
+
 def sdpa_form(
     q: Tensor, k: Tensor, v: Tensor, tree_mask: Tensor, page_table: Tensor, lengths: Tensor, k_pages: Tensor, v_pages: Tensor, scale: float
 ) -> Tensor:
-    """torch's fused attention over the gathered pages; the query heads of a group are further rows, so that no key is repeated."""
+    """torch's fused attention over the gathered pages."""
     keys, values = append_and_gather(k, v, page_table, lengths, k_pages, v_pages)
-    sequences, rows, groups = lengths.shape[0], q.shape[0] // lengths.shape[0], k.shape[1]
-    share = q.shape[1] // groups
-    grouped = q.view(sequences, rows, groups, share, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, G, share * R, D]
-    mask = visible(tree_mask, lengths, keys.shape[1])[:, None].repeat(1, 1, share, 1)
+    grouped, mask = _grouped(q, tree_mask, lengths, keys)
     out = F.scaled_dot_product_attention(grouped, keys.transpose(1, 2), values.transpose(1, 2), mask, scale=scale)
-    return out.view(sequences, groups, share, rows, -1).permute(0, 3, 1, 2, 4).reshape(q.shape[0], q.shape[1], -1)
+    return _flat(out, q)
 
 
 def softmax_form(
@@ -174,14 +185,10 @@ def softmax_form(
 ) -> Tensor:
     """The same written out: products, a masked softmax, products."""
     keys, values = append_and_gather(k, v, page_table, lengths, k_pages, v_pages)
-    sequences, rows, groups = lengths.shape[0], q.shape[0] // lengths.shape[0], k.shape[1]
-    share = q.shape[1] // groups
-    grouped = q.view(sequences, rows, groups, share, -1).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    grouped, mask = _grouped(q, tree_mask, lengths, keys)
     scores = torch.matmul(grouped, keys.permute(0, 2, 3, 1)).float() * scale
-    mask = visible(tree_mask, lengths, keys.shape[1])[:, None].repeat(1, 1, share, 1)
     probs = scores.masked_fill(~mask, float("-inf")).softmax(-1).to(q.dtype)
-    out = torch.matmul(probs, values.transpose(1, 2))
-    return out.view(sequences, groups, share, rows, -1).permute(0, 3, 1, 2, 4).reshape(q.shape[0], q.shape[1], -1)
+    return _flat(torch.matmul(probs, values.transpose(1, 2)), q)
 
 
 PLAIN_FORMS: dict[str, Callable[..., Tensor]] = {"gather + sdpa": sdpa_form, "gather + softmax": softmax_form}

@@ -41,10 +41,11 @@ from torch import Tensor
 
 from specfx import _compat
 from specfx.engines import transfer
-from specfx.engines.paged import Call, PagedEngine
+from specfx.engines.paged import Call, PagedEngine, as_int64
 from specfx.errors import KVPoolError, LoweringError, Reason, Refusal
 from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.tree_attention import tree_attention_, tree_parents, tree_positions
+from specfx.kernels.triton_common import power_of_two
 from specfx.passes.framework import calls
 from specfx.passes.mtp_head import NEXT_IDS, TAILS
 from specfx.runtime.tree import MAX_ROWS
@@ -79,22 +80,18 @@ class Sizes:
     moves: int
 
 
-def _power_of_two(n: int, least: int = 1) -> int:
-    return max(least, 1 << (n - 1).bit_length())
-
-
 def _padded_rows(rows: int) -> int:
-    return _power_of_two(rows) if rows <= MAX_ROWS else -(-rows // MAX_ROWS) * MAX_ROWS
+    return power_of_two(rows) if rows <= MAX_ROWS else -(-rows // MAX_ROWS) * MAX_ROWS
 
 
 def sizes_for(rows: int, sequences: int, columns: int, moves: int, scratch_pages: int = 1) -> Sizes:
     """The recording that serves a forward of `rows` rows of `sequences` sequences, each of at most `MAX_ROWS` rows."""
-    padded = _power_of_two(sequences)
+    padded = power_of_two(sequences)
     if padded > sequences or rows != _padded_rows(rows):
         if padded == sequences:
             padded += 1
         rows = _padded_rows(rows + padded - sequences)
-    return Sizes(rows, padded, _power_of_two(columns, _power_of_two(scratch_pages)), _power_of_two(moves, _LEAST_MOVES))
+    return Sizes(rows, padded, power_of_two(columns, power_of_two(scratch_pages)), power_of_two(moves, _LEAST_MOVES))
 
 
 def dummy_rows(rows: int, sequences: int) -> list[int]:
@@ -102,11 +99,7 @@ def dummy_rows(rows: int, sequences: int) -> list[int]:
     return [rows // sequences + (i < rows % sequences) for i in range(sequences)]
 
 
-def _as_int64(word: int) -> int:
-    return word - (1 << 64) if word >> 63 else word
-
-
-_STAR = np.array([_as_int64(1 | 1 << row) for row in range(MAX_ROWS)])
+_STAR = np.array([as_int64(1 | 1 << row) for row in range(MAX_ROWS)])
 """Masks of a tree of depth one: no dummy row stands further than position 1, whatever positions the model knows."""
 
 

@@ -59,7 +59,7 @@ def most_rows(module: fx.GraphModule) -> int:
     return max(1, min(_MOST_ROWS, _GATHERED_BYTES // widest))
 
 
-def _as_int64(word: int) -> int:
+def as_int64(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
@@ -68,8 +68,8 @@ def _host(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
 
 
 class PagedEngine:
-    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. `call` takes the graph's inputs in order, on
-    `device`; the attribute `direct` is that, `call` takes what `bind` makes.
+    """`specfx.engines.base.Engine` over a graph that the paged-KV pass has rewritten. call: takes the graph's inputs in order, on
+    `device`; it is kept as the attribute `direct`, beside the attribute `call`, which takes what `bind` makes.
 
     draft_rows: rows behind the committed ones that a stitched head's draft steps need.
     """
@@ -149,9 +149,9 @@ class PagedEngine:
                 if self.verifies != "trees" and not rows.tree.is_chain:
                     raise ValueError("this engine verifies chains only: the tree_mask pass did not run")
                 tokens += rows.tree.tokens
-                masks += map(_as_int64, rows.tree.ancestor_masks())
+                masks += map(as_int64, rows.tree.ancestor_masks())
             elif count <= MAX_ROWS:
-                masks += [_as_int64((2 << i) - 1) for i in range(count)]
+                masks += [as_int64((2 << i) - 1) for i in range(count)]
             else:
                 masks += [0] * count
             length = self.pool.length(rows.seq)

@@ -36,9 +36,12 @@ class Budget:
         if self._forwards >= _FEWEST:
             seconds = min(seconds, 3 * self._cost(rows))  # something else went on
         self._forwards += 1
-        sums = {"weight": 1.0, "rows": rows, "seconds": seconds, "squares": rows * rows, "products": rows * seconds, "spread": seconds**2}
-        for name, value in sums.items():
-            setattr(self, f"_{name}", _MEMORY * getattr(self, f"_{name}") + value)
+        self._weight = _MEMORY * self._weight + 1.0
+        self._rows = _MEMORY * self._rows + rows
+        self._seconds = _MEMORY * self._seconds + seconds
+        self._squares = _MEMORY * self._squares + rows * rows
+        self._products = _MEMORY * self._products + rows * seconds
+        self._spread = _MEMORY * self._spread + seconds**2
 
     def note_draft(self, tree: DraftTree, accepted: int) -> None:
         self._expected = _MEMORY * self._expected + sum(tree.probs)
