@@ -122,19 +122,23 @@ class _DraftStep(nn.Module):
         chosen = next_ids.index_copy(0, logit_rows, torch.where(known < 0, argmax, known))
         leaf, committed, own_moves = greedy_walk(input_ids, chosen, tree_mask, page_table, lengths, row_starts, self.page_size)
         nothing = torch.full((2, 1), -1, dtype=torch.int64, device=input_ids.device)
+
+        def over(k: int, tokens: Tensor, fed: Tensor, positions: Tensor, metadata: tuple[Tensor, ...]) -> Tensor:
+            """Layer `k` over rows ``[1, T]`` that stand at `positions`: the pairs k places before."""
+            pairs = (positions - k).clamp(min=0) if k else positions
+            with _attending(pools[2 * k :], metadata, layers[k].window or 0, k):
+                return layers[k].over(tokens, fed, pairs, None, None)
+
         positions = tree_positions(tree_mask, lengths, row_starts, input_ids)
         fed, made, new_tails = self.head.take(hidden), [], []
-        for k, layer in enumerate(layers):
+        for k in range(len(layers)):
             drafts = k > 0 or (len(layers) == 1 and self.shape.num_steps > 1)
-            first_moves = nothing if drafts else moves
-            with _attending(pools[2 * k :], (tree_mask, page_table, lengths, row_starts, first_moves), layer.window or 0, k):
-                pairs = layer.over(chosen[None], fed, (positions - k).clamp(min=0) if k else positions, None, None)
+            pairs = over(k, chosen[None], fed, positions, (tree_mask, page_table, lengths, row_starts, nothing if drafts else moves))
             made.append(pairs[0].index_select(0, leaf)[:, None])
             if k + 1 < len(layers):
                 assert tails is not None
                 new_tails.append(made[k])
-                above = torch.cat([tails[:, k], pairs[0]]).index_select(0, tree_parents(tree_mask, row_starts, input_ids))
-                fed = above[None]
+                fed = torch.cat([tails[:, k], pairs[0]]).index_select(0, tree_parents(tree_mask, row_starts, input_ids))[None]
         waiting = [[own_moves] for _ in layers]
 
         def step(k: int, tokens: Tensor, hidden: Tensor, masks: Tensor) -> Tensor:
@@ -142,12 +146,8 @@ class _DraftStep(nn.Module):
             starts = torch.arange(sequences + 1, dtype=torch.int32, device=tokens.device) * rows
             flat, mask = tokens.reshape(1, -1), masks.reshape(-1)
             positions = tree_positions(mask, committed, starts, flat)
-            if k:
-                positions = (positions - k).clamp(min=0)
             metadata = (mask, page_table, committed, starts, waiting[k].pop() if waiting[k] else nothing)
-            with _attending(pools[2 * k :], metadata, layers[k].window or 0, k):
-                out = layers[k].over(flat, hidden.reshape(1, -1, hidden.shape[2]), positions, None, None)
-            return out.view(sequences, rows, -1)
+            return over(k, flat, hidden.reshape(1, -1, hidden.shape[2]), positions, metadata).view(sequences, rows, -1)
 
         drafted = draft(made, step, [layer.draft_logits for layer in layers], self.head.draft_ids, self.shape)
         return drafted if tails is None else (*drafted, torch.cat(new_tails, 1))
