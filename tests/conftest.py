@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,14 +11,18 @@ import torch
 from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
 
-ON_ALL_CORES = ("test_smollm2",)
-"""Test files whose work is large enough for threads to help; tiny models run faster on one."""
+LARGE = ("test_smollm2",)
+"""Test files of the real model: they start first, and threads help there. Tiny models run faster on one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LARGE)
 
 
 @pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     threads = torch.get_num_threads()
-    if request.module.__name__ not in ON_ALL_CORES:
+    if request.module.__name__ not in LARGE or "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
