@@ -27,8 +27,9 @@ from torch import Tensor
 from specfx import _compat
 from specfx.kernels import triton_attend, triton_common
 from specfx.kernels.tree_attention import MASK_BITS, tree_append_, tree_attention_
-from specfx.kernels.triton_attention import Config, candidates, logit_factors, tree_attend_triton
+from specfx.kernels.triton_attention import logit_factors, tree_attend_triton
 from specfx.kernels.triton_common import power_of_two
+from specfx.kernels.triton_config import Config, candidates
 
 SPLITS = (1, 2, 4, 8, 16)
 """Parts of the prefix that are tried."""

@@ -37,7 +37,7 @@ from specfx import _compat
 from specfx.kernels import inductor_attention, triton_attend
 from specfx.kernels.inductor_attention import EXAMPLES, example, source, tried
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference
-from specfx.kernels.triton_attention import candidates
+from specfx.kernels.triton_config import candidates
 
 triton = pytest.importorskip("triton")
 pytestmark = compiled

@@ -38,16 +38,8 @@ from triton_tools import (
 from specfx.errors import LoweringError
 from specfx.kernels import triton_attention, triton_common
 from specfx.kernels.tree_attention import tree_attention_reference
-from specfx.kernels.triton_attention import (
-    CONFIGS,
-    MOVES,
-    Config,
-    candidates,
-    default_config,
-    tree_append_triton,
-    tree_attend_triton,
-    tree_attention_triton,
-)
+from specfx.kernels.triton_attention import MOVES, tree_append_triton, tree_attend_triton, tree_attention_triton
+from specfx.kernels.triton_config import CONFIGS, Config, candidates, default_config
 
 
 @compiled

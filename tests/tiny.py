@@ -156,7 +156,8 @@ def tiny_model(name: str, **config_overrides: Any) -> PreTrainedModel:
     config = AutoConfig.for_model(model_type, **(settings | config_overrides))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain = "eager" if getattr(config, "attn_logit_softcapping", None) else None  # transformers 5.17 leaves it to SDPA, which has none
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=plain)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 1:

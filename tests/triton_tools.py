@@ -76,7 +76,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: int) -> C
     from triton.compiler import ASTSource
 
     signature, constants, attributes = {}, {}, {}
-    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in arguments}
     for at, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if isinstance(value, Tensor):
@@ -105,5 +105,4 @@ def assert_compiles(launched: list[Launch], capability: int) -> None:
         code = compile_launch(kernel, arguments, capability)
         print(f"sm_{capability} {kernel.__name__} {code.registers} registers, {code.spills} bytes spilled, {code.shared} bytes shared")
         assert code.shared <= SHARED_MEMORY[capability]
-        # ptxas spills a few bytes of its own accord to fit one more program on a processor: then registers are not at their limit.
-        assert code.spills <= (32 if code.registers < 255 else 0), f"{code.spills} bytes spilled with {code.registers} registers"
+        assert code.spills == 0, f"{code.spills} bytes spilled with {code.registers} registers"

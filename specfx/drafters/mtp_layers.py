@@ -86,7 +86,8 @@ def _alone(layer: Any, target: Any, place: int = 0) -> Any:
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
         if hasattr(module, "config"):  # a copy too; whatever runs the target's attention, this layer's is stock
-            module.config._attn_implementation = "sdpa" if getattr(target, "_supports_sdpa", False) else "eager"
+            softcap = getattr(module.config, "attn_logit_softcapping", None)  # SDPA leaves it out (5.17 let it serve Gemma-2 all the same)
+            module.config._attn_implementation = "sdpa" if getattr(target, "_supports_sdpa", False) and not softcap else "eager"
     return layer
 
 
