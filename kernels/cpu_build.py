@@ -47,7 +47,7 @@ def _command() -> list[str]:
     ]
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> str:
     """The CPU's instruction sets: a library built with -march=native for one CPU must not be loaded on another."""
     info = Path("/proc/cpuinfo")
     flags = next((line for line in info.read_text().splitlines() if line.startswith(("flags", "Features"))), "") if info.exists() else ""
@@ -75,7 +75,7 @@ def load() -> CpuKernels:
 
 def _load() -> CpuKernels:
     command = _command()
-    key = hashlib.sha256("\0".join([*(s.read_text() for s in _SOURCES), *command, torch.__version__, _cpu_flags()]).encode()).hexdigest()[
+    key = hashlib.sha256("\0".join([*(s.read_text() for s in _SOURCES), *command, torch.__version__, cpu_flags()]).encode()).hexdigest()[
         :20
     ]
     path = cache_dir() / f"cpu-{key}.so"

@@ -26,9 +26,9 @@ def can_pack(weight: Tensor) -> bool:
 def pack(weight: Tensor) -> Tensor:
     """``[N, K]`` bfloat16 -> the packed layout (a copy)."""
     n, k = weight.shape
-    padded = torch.nn.functional.pad(weight, (0, 0, 0, -n % BLOCK))
-    blocks = padded.view(-1, 2, 16, k // BLOCK, 16, 2)  # column block, half, column, row block, pair, member
-    return blocks.permute(0, 3, 1, 4, 2, 5).contiguous()
+    pairs = torch.nn.functional.pad(weight, (0, 0, 0, -n % BLOCK)).view(torch.int32)  # both members of a pair move as one number
+    blocks = pairs.view(-1, 2, 16, k // BLOCK, 16)  # column block, half, column, row block, pair
+    return blocks.permute(0, 3, 1, 4, 2).contiguous().view(weight.dtype).view(-1, k // BLOCK, 2, 16, 16, 2)
 
 
 def unpack(packed: Tensor, n: int) -> Tensor:

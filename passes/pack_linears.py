@@ -31,7 +31,7 @@ def _fused(weights: tuple[Tensor, ...]) -> Tensor:
     return pack(torch.cat(weights))
 
 
-def _packed(weights: tuple[Tensor, ...]) -> Tensor:
+def packed(weights: tuple[Tensor, ...]) -> Tensor:
     """The packed form of `weights` as they are now, in the tensor that other modules have of them, if any."""
     key = tuple(map(place_of, weights))
     present, shared = _fused(weights), _alive.get(key)
@@ -68,15 +68,15 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
             groups[node.args[0], len(node.args) > 2 and node.args[2] is not None].append(node)  # type: ignore[index]
     if not groups:
         raise PassError("no linear has a bfloat16 weight on the CPU whose input width is a multiple of 32")
-    packed: dict[str, tuple[Tensor, ...]] = {}
+    made_of: dict[str, tuple[Tensor, ...]] = {}
     names: dict[tuple[str, ...], str] = {}
     for (x, biased), nodes in groups.items():
         targets = tuple(str(n.args[1].target) for n in nodes)  # type: ignore[union-attr]
         widths = [n.meta["val"].shape[-1] for n in nodes]
         if targets not in names:
             names[targets] = name = f"packed_{len(names)}"
-            packed[name] = tuple(attribute(module, target) for target in targets)
-            module.register_buffer(name, _packed(packed[name]), persistent=False)
+            made_of[name] = tuple(attribute(module, target) for target in targets)
+            module.register_buffer(name, packed(made_of[name]), persistent=False)
         name = names[targets]
         weight = attribute(module, name)
         stack = nodes[0].meta.get("nn_module_stack")
@@ -98,7 +98,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
                 part.meta["nn_module_stack"] = new[0].meta["nn_module_stack"] = stack
             node.replace_all_uses_with(part)
             module.graph.erase_node(node)
-    module.meta["packed"] = packed
+    module.meta["packed"] = made_of
     return sum(map(len, groups.values()))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import itertools
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,33 @@ import specfx
 _fresh = itertools.count()
 
 
-def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> torch.SymInt:
-    """A new backed symbolic size in `mode`'s shape environment (`ShapeEnv.create_symbol`, read in 2.13)."""
+def new_fake_mode() -> torch._subclasses.FakeTensorMode:
+    """A fake mode with a shape environment of its own, as `torch.export` makes one."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    return torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+def describe_symbol(environment: Any, symbol: Any) -> tuple[int, int | None, int | None]:
+    """The value that is assumed of a backed symbol, and the ends of its range, None for none (`backed_var_to_val`, `var_to_range`)."""
+    ends = environment.var_to_range[symbol]
+    lower, upper = (int(end) if end.is_Integer else None for end in (ends.lower, ends.upper))
+    return int(environment.backed_var_to_val[symbol]), lower, upper
+
+
+def size_of(mode: torch._subclasses.FakeTensorMode, expression: Any, hint: int) -> int | torch.SymInt:
+    """A size that is an expression over symbols of `mode` (`create_symintnode`)."""
+    environment = mode.shape_env
+    assert environment is not None
+    size: int | torch.SymInt = environment.create_symintnode(expression, hint=hint)
+    return size
+
+
+def new_dynamic_size(
+    mode: torch._subclasses.FakeTensorMode, hint: int = 5, lower: int | None = None, upper: int | None = None
+) -> torch.SymInt:
+    """A new backed symbolic size in `mode`'s shape environment (`ShapeEnv.create_symbol`, read in 2.13). lower, upper: its range, where
+    it is another than torch gives to sizes."""
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic
 
@@ -31,6 +58,11 @@ def new_dynamic_size(mode: torch._subclasses.FakeTensorMode, hint: int = 5) -> t
     symbol = environment.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None)
     size = environment.create_symintnode(symbol, hint=hint, source=source)
     assert isinstance(size, torch.SymInt)
+    if lower is not None:
+        from torch.utils._sympy.numbers import int_oo
+        from torch.utils._sympy.value_ranges import ValueRanges
+
+        environment.var_to_range[symbol] = ValueRanges(lower, int_oo if upper is None else upper)
     return size
 
 
@@ -63,7 +95,21 @@ def run_and_get_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tup
     return result, list(codes)
 
 
-def _sources_hash() -> str:
+def triton_version() -> str:
+    """Of the Triton that Inductor uses, empty without one."""
+    try:
+        import triton
+    except ImportError:
+        return ""
+    return str(triton.__version__)
+
+
+def inductor_settings() -> str:
+    """All of Inductor's settings that its own cache key holds, as they are now (`save_config_portable`)."""
+    return str(sorted(config.save_config_portable().items(), key=str))
+
+
+def sources_hash() -> str:
     """Of everything that decides what an artifact does and that Inductor does not know."""
     root = Path(__file__).parent
     folders = [Path(p) / name for p in specfx.__path__ for name in ("passes", "kernels")]
@@ -78,27 +124,92 @@ class _SourcesKey(CustomGraphPass):
         pass
 
     def uuid(self) -> str:
-        return _sources_hash()
+        return sources_hash()
 
 
-def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Callable[..., Any]:
+class Artifact:
+    """A graph that Inductor compiled, over the weights of one module: called with the graph's inputs."""
+
+    def __init__(self, compiled: Any, module: fx.GraphModule) -> None:
+        from specfx.passes.framework import attribute
+
+        self.compiled = compiled
+        self._held = [attribute(module, name) for name in _weights(module)]
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.compiled([*self._held, *inputs])
+
+    def to_bytes(self) -> bytes:
+        """For `load_artifact`, as Inductor's own cache keeps it (`FxGraphCache._save_graph`)."""
+        kept = copy.copy(self.compiled)
+        kept.prepare_for_serialization()
+        kept._fx_graph_cache_debug_lines = []
+        return pickle.dumps((kept, _libraries(self.compiled.current_callable)))
+
+
+def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
+    """What `Artifact.to_bytes` made, over the weights of a `module` with the same graph (`FxGraphCache.cache_hit_post_compile`)."""
+    from torch._inductor.codecache import FxGraphCache
+    from torch._inductor.output_code import CompiledFxGraphConstants
+
+    _prepare_lowerings(module)
+    compiled, libraries = pickle.loads(data)
+    _put_libraries(libraries)
+    constants = CompiledFxGraphConstants()
+    compiled, _ = FxGraphCache.cache_hit_post_compile(compiled, {}, constants)
+    if compiled is None:
+        raise OSError("Inductor's cache folder can't be written")
+    compiled.post_compile([], constants, compiled.fx_kwargs)
+    return Artifact(compiled, module)
+
+
+def _libraries(function: Any) -> dict[str, bytes]:
+    """The C++ libraries that generated code calls, by their paths below Inductor's cache folder."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    root = Path(cache_dir())
+    modules = (getattr(value, "__self__", None) for value in getattr(function, "__globals__", {}).values())
+    files = {Path(file) for module in modules if isinstance(file := getattr(module, "__file__", None), str)}
+    return {str(f.relative_to(root)): f.read_bytes() for f in sorted(files) if f.suffix == ".so" and f.is_relative_to(root)}
+
+
+def _put_libraries(libraries: Mapping[str, bytes]) -> None:
+    """Put the libraries where Inductor looks for them, unless they are there."""
+    from torch._inductor.codecache import write_atomic
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for name, content in libraries.items():
+        path = Path(cache_dir()) / name
+        if not path.exists():
+            write_atomic(str(path), content, make_dirs=True)
+
+
+def _weights(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    """The fake values of the tensors that a module's graph reads as attributes."""
+    return {str(n.target): n.meta["val"] for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)}
+
+
+def _prepare_lowerings(module: fx.GraphModule) -> None:
+    """Inductor lowers our ops by templates on a GPU, and its code finds them by name."""
+    if any(n.meta["val"].is_cuda for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta["val"], torch.Tensor)):
+        from specfx.kernels import inductor_attention
+
+        inductor_attention.register()
+
+
+def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], options: dict[str, Any]) -> Artifact:
     """Lower a graph of functional ATen ops and ops of specfx: decomposed by `make_fx`, then `compile_fx_inner` (read in 2.13).
 
     AOTAutograd has nothing to do here (no gradients, no aliases, and the only inputs that change are those of ops that say so), would
     take a third of the time, and can't make ops that write into their inputs functional within a region.
     """
-    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs):
-        from specfx.kernels import inductor_attention
-
-        inductor_attention.register()
+    _prepare_lowerings(module)
     from torch._guards import TracingContext, tracing
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    from specfx.passes.framework import attribute
-
-    weights = {str(n.target): n.meta["val"] for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)}
+    weights = _weights(module)
     fakes = [*weights.values(), *example_inputs]
     mode = fakes[-1].fake_mode
     lifted = _with_weights_as_inputs(module, tuple(weights))
@@ -107,9 +218,7 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
         with mode, symbolic_shapes():
             traced = make_fx(lifted, decomposition_table=select_decomp_table())(*fakes)
         with V.set_fake_mode(mode):
-            compiled: Any = compile_fx_inner(traced, fakes)
-    held = [attribute(module, name) for name in weights]
-    return lambda *inputs: compiled([*held, *inputs])
+            return Artifact(compile_fx_inner(traced, fakes), module)
 
 
 def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:

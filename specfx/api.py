@@ -99,10 +99,10 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     refusals = [*prepared.refusals, *ladder.refusals, *waiting, *drafter.refusals]
     refusals += [Refusal("generate", Reason.NOT_ACCELERATED, reason) for reason in wrapper.stock_calls]
     text = None
-    if graph and ladder.module is not None:
+    if graph and (module := prepared.graph(model, drafter.drafting)) is not None:
         from specfx.passes.printer import normal_form
 
-        text = normal_form(ladder.module)
+        text = normal_form(module)
     return Report(
         model=type(model).__name__,
         method=wrapper.method,

@@ -61,6 +61,10 @@ class LoweringError(SpecfxError):
     """Inductor or the CPU kernel build failed."""
 
 
+class ArtifactError(SpecfxError):
+    """A stored artifact can't be used, or one can't be stored."""
+
+
 class Reason(enum.Enum):
     """Why a faster path was not taken."""
 
@@ -82,6 +86,8 @@ class Reason(enum.Enum):
     HEAD_UNFED = "no engine hands out what this head is fed"
     NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"
+    ARTIFACT_UNUSABLE = "a stored artifact can't be used"
+    NOT_STORED = "an artifact can't be stored"
     NOT_RECORDED = "steps are not replayed as CUDA graphs"
 
 

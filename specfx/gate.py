@@ -118,21 +118,33 @@ def with_shrunken_windows(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-@contextmanager
-def shrunken_windows(model: PreTrainedModel) -> Iterator[None]:
-    """Set `sliding_window` and `attention_chunk_size`, where the configs of this clone have them, to `PROBE_WINDOW`; then back."""
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether `shrunken_windows` has anything to shrink."""
+    return bool(_windows(model))
+
+
+def _windows(model: PreTrainedModel) -> list[tuple[PreTrainedConfig, str, int]]:
+    """Each window and chunk above `PROBE_WINDOW`: the config that has it, its name there, and its tokens."""
     configs = {
         id(module.config): module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)
     }
     text = model.config.get_text_config(decoder=True)
-    saved = []
+    found = []
+    for config in {**configs, id(text): text}.values():
+        for key in ("sliding_window", "attention_chunk_size"):
+            size = None if getattr(config, "is_heterogeneous", False) else getattr(config, key, None)
+            if type(size) is int and size > PROBE_WINDOW:
+                found.append((config, key, size))
+    return found
+
+
+@contextmanager
+def shrunken_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Set `sliding_window` and `attention_chunk_size`, where the configs of this clone have them, to `PROBE_WINDOW`; then back."""
+    saved = _windows(model)
     try:
-        for config in {**configs, id(text): text}.values():
-            for key in ("sliding_window", "attention_chunk_size"):
-                size = None if getattr(config, "is_heterogeneous", False) else getattr(config, key, None)
-                if type(size) is int and size > PROBE_WINDOW:
-                    saved.append((config, key, size))
-                    setattr(config, key, PROBE_WINDOW)
+        for config, key, _ in saved:
+            setattr(config, key, PROBE_WINDOW)
         yield
     finally:
         for config, key, size in saved:

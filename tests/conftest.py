@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from specfx.artifacts import store
+from specfx.cache import cache_dir
 from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
+
+os.environ["SPECFX_NO_ARTIFACTS"] = "1"  # every test captures and compiles for itself; `artifacts` brings them back
 
 LARGE = ("test_smollm2",)
 """Test files of the real model: they start first, and threads help there. Tiny models run faster on one."""
@@ -33,6 +38,16 @@ def _verify_whatever_is_drafted(request: pytest.FixtureRequest, monkeypatch: pyt
     """What is left out of a draft depends on how long forwards take; only results may be asserted then."""
     if request.module.__name__ not in ("test_budget", "test_random_calls"):
         monkeypatch.setattr("specfx.runtime.budget._FEWEST", 10**9)
+
+
+@pytest.fixture
+def artifacts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Artifacts are kept, below a new cache folder that has the compiled kernels of the old one. Returns their folder."""
+    for there in (f for pattern in ("cpu-*.so", "numba") for f in cache_dir().glob(pattern)):
+        (tmp_path / there.name).symlink_to(there)
+    monkeypatch.delenv("SPECFX_NO_ARTIFACTS")
+    monkeypatch.setenv("SPECFX_CACHE", str(tmp_path))
+    return store.folder()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specfx
 from specfx.api import engine_of
-from specfx.engines.compiled import CompiledEngine
+from specfx.engines.compiled import Lowered, lower
 from specfx.errors import HeadError, OptionError, Reason, UnsupportedModelError
 from specfx.kernels import cpu_build
 
@@ -513,15 +513,14 @@ class Gate:
         self.started, self.open = threading.Event(), threading.Event()
         gate = self
 
-        class Waiting(CompiledEngine):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                gate.started.set()
-                assert gate.open.wait(60)
-                if error is not None:
-                    raise error
-                super().__init__(*args, **kwargs)
+        def waiting(*args: Any) -> Lowered:
+            gate.started.set()
+            assert gate.open.wait(60)
+            if error is not None:
+                raise error
+            return lower(*args)
 
-        monkeypatch.setattr("specfx.engines.choose.CompiledEngine", Waiting)
+        monkeypatch.setattr("specfx.engines.ladder.lower", waiting)
 
 
 def test_a_background_compilation_takes_over_between_two_calls(monkeypatch: pytest.MonkeyPatch, instant_inductor: None) -> None:

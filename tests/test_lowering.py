@@ -22,7 +22,7 @@ from specfx import _compat
 from specfx.capture import capture
 from specfx.engines.base import Rows
 from specfx.engines.choose import Prepared
-from specfx.engines.compiled import CompiledEngine
+from specfx.engines.compiled import CompiledEngine, lower
 from specfx.engines.paged import PagedEngine, graph_engine
 from specfx.errors import Reason
 from specfx.kernels import cpu_build
@@ -62,7 +62,7 @@ def graph(model: PreTrainedModel) -> fx.GraphModule:
 @pytest.fixture(scope="module")
 def compiled(graph: fx.GraphModule, kernels: cpu_build.CpuKernels) -> tuple[CompiledEngine, str]:
     """The compiled engine in float32, and its wrapper code."""
-    engine, (code,) = run_and_get_code(lambda: CompiledEngine(graph, CONTEXT, (), "auto", CPU))
+    engine, (code,) = run_and_get_code(lambda: CompiledEngine(lower(graph, CONTEXT, ()), "auto", CPU))
     return engine, code
 
 
@@ -311,18 +311,18 @@ def cache_events(module: fx.GraphModule) -> tuple[int, int]:
     """(misses, hits) of Inductor's graph cache when `module` is compiled again."""
     names = ("fxgraph_cache_miss", "fxgraph_cache_hit")
     before = [counters["inductor"][name] for name in names]
-    CompiledEngine(module, CONTEXT, (), "auto", CPU)
+    lower(module, CONTEXT, ())
     misses, hits = (counters["inductor"][name] - n for name, n in zip(names, before, strict=True))
     return misses, hits
 
 
 def test_changed_sources_are_not_served_by_an_old_artifact(graph: fx.GraphModule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compat, "_sources_hash", lambda: "of some sources")
+    monkeypatch.setattr(_compat, "sources_hash", lambda: "of some sources")
     assert cache_events(graph) == (1, 0)
     assert cache_events(graph) == (0, 1)
-    monkeypatch.setattr(_compat, "_sources_hash", lambda: "of changed sources")
+    monkeypatch.setattr(_compat, "sources_hash", lambda: "of changed sources")
     assert cache_events(graph) == (1, 0)
-    monkeypatch.setattr(_compat, "_sources_hash", lambda: "of some sources")
+    monkeypatch.setattr(_compat, "sources_hash", lambda: "of some sources")
     assert cache_events(graph) == (0, 1)
 
 
@@ -333,12 +333,12 @@ def test_the_hash_of_the_sources_covers_every_pass_and_kernel(tmp_path: Path, mo
         source = inside / name if (inside / name).is_dir() else root / name
         shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(specfx, "__path__", [str(tmp_path)])
-    seen = {_compat._sources_hash()}
+    seen = {_compat.sources_hash()}
     files = [f for f in sorted(tmp_path.rglob("*")) if f.is_file()]
     assert {"tree_mask.py", "tree_attention.py", "ops.cpp", "triton_attend.py", "inductor_attention.py"} <= {f.name for f in files}
     for file in files:
         file.write_bytes(file.read_bytes() + b"\n")
-        now = _compat._sources_hash()
+        now = _compat.sources_hash()
         assert now not in seen, file.name
         seen.add(now)
 

@@ -9,6 +9,7 @@ Inductor's cache key knows neither our ops nor our kernels; `_compat.inductor_co
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,30 +29,33 @@ to 16 bits between ops is kept where fusion would skip it: it costs nothing here
 (The number of threads goes in by name too: kernels are generated for it, and Inductor's cache key does not hold it otherwise.)"""
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """A graph as the lowering passes leave it, what Inductor made of it, and what the passes did."""
+
+    module: fx.GraphModule
+    call: Any
+    records: tuple[PassRecord, ...]
+
+
+def lower(module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...]) -> Lowered:
+    """Run the lowering passes but those `disabled`, and Inductor. Raises `LoweringError` if Inductor fails."""
+    # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
+    lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
+    examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
+    try:
+        call = _compat.inductor_compile(lowered.module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads()})
+    except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
+        raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
+    return Lowered(lowered.module, call, lowered.records)
+
+
 class CompiledEngine(PagedEngine):
-    """`PagedEngine` over an Inductor artifact. records: what the lowering passes did.
+    """`PagedEngine` over an Inductor artifact. lowered: what it calls, and what the lowering passes did."""
 
-    Raises `LoweringError` if Inductor fails.
-    """
-
-    def __init__(
-        self,
-        module: fx.GraphModule,
-        context: PassContext,
-        disabled: tuple[str, ...],
-        pool_size: str | int | float,
-        device: torch.device,
-        draft_rows: int = 0,
-    ) -> None:
-        # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
-        lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
-        self.records: tuple[PassRecord, ...] = lowered.records
-        examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
-        try:
-            call: Any = _compat.inductor_compile(lowered.module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads()})
-        except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
-            raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
-        super().__init__("compiled", lowered.module, call, pool_size, device, draft_rows)
+    def __init__(self, lowered: Lowered, pool_size: str | int | float, device: torch.device, draft_rows: int = 0) -> None:
+        super().__init__("compiled", lowered.module, lowered.call, pool_size, device, draft_rows)
+        self.lowered = lowered
         self.packed_at: Fingerprint | None = None  # the weights that the packed ones are of
 
     def refresh(self) -> None:
