@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from specfx.drafters.base import Drafter
@@ -52,8 +53,9 @@ def speculate(model: PreTrainedModel, method: str | None = None, **options: Any)
         and previous.prepared.is_current(model)
     ):
         prepared = previous.prepared
-    wrapper = SpeculativeGenerate(model, method, options, common, drafter, prepared or Prepared(model, common))
-    wrapper.ready()
+    with torch.autocast(model.device.type, enabled=False):  # what is captured and proven under it would be another model
+        wrapper = SpeculativeGenerate(model, method, options, common, drafter, prepared or Prepared(model, common))
+        wrapper.ready()
     model.__dict__["generate"] = wrapper
     return model
 

@@ -16,6 +16,7 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
 
@@ -68,7 +69,7 @@ class SpeculativeGenerate:
 
     def ready(self) -> Ladder:
         """The engines (and the drafter), prepared now if need be: after a copy, or when the weights have been moved or replaced."""
-        with self.lock:
+        with self.lock, torch.autocast(self.model.device.type, enabled=False):
             if self.prepared is None or not self.prepared.is_current(self.model):
                 if self.prepared is not None:
                     log.warning("specfx: the weights of %s have been replaced; preparing anew", type(self.model).__name__)
@@ -158,6 +159,10 @@ def _generation_config(model: PreTrainedModel, kwargs: dict[str, Any]) -> Genera
 
 def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any]) -> str | None:
     """Why a call goes to the stock `generate` before anything is prepared; None if it may be ours."""
+    if torch.is_autocast_enabled(model.device.type):
+        return "torch.autocast"
+    if model.training and any(map(_drops_out, model.modules())):
+        return "training mode with dropout"
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
         if kwargs.get(name) is not None:
             return name
@@ -169,17 +174,25 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     if cache is not None and config.use_cache is False:
         return "past_key_values with use_cache=False"
     prompt = kwargs.get("input_ids", kwargs.get("inputs"))
+    if isinstance(prompt, torch.Tensor) and prompt.dtype not in (torch.int32, torch.int64):
+        return f"input_ids of {prompt.dtype}"
     if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
         return "an attention mask that is not of the input_ids' shape"
     if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
         return "stop_strings in the model's generation_config"
-    for name in ("use_mtp", "token_healing"):
+    for name in ("use_mtp", "token_healing", "is_assistant"):
         if getattr(config, name, None):
             return name
     mode = config.get_generation_mode(None)
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return str(mode.value).replace("_", " ")
     return None
+
+
+def _drops_out(module: nn.Module) -> bool:
+    """Whether a module's output is random while it trains: `nn.Dropout`, and rates that are handed to functions."""
+    rates = [rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)]
+    return module.training and any(rate > 0 for rate in [*rates, module.p if isinstance(module, nn.Dropout) else 0.0])
 
 
 def _check_prompt(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

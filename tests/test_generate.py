@@ -688,3 +688,61 @@ def test_a_users_own_decoding_method_is_called(wrap: Wrap) -> None:
     model = wrap(method="suffix")
     assert model.generate(prompt_of(), custom_generate=lambda model, input_ids, **kw: input_ids + 1).equal(prompt_of() + 1)
     assert_stock(model, "custom_generate")
+
+
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_under_autocast_calls_are_stocks_and_engines_are_prepared_without(engine: str) -> None:
+    model = tiny_model("llama")
+    expected = model.generate(prompt_of(), max_new_tokens=10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        specfx.speculate(model, "suffix", engine=engine, compile="off")
+        assert torch.equal(model.generate(prompt_of(), max_new_tokens=10), stock(model, prompt_of(), max_new_tokens=10))
+        assert_stock(model, "torch.autocast")
+        with torch.no_grad():
+            model.lm_head = torch.nn.Linear(32, VOCAB, bias=False).requires_grad_(False)
+            model.lm_head.weight.copy_(tiny_model("llama").lm_head.weight)
+        assert specfx.explain(model).engine == engine, "prepared anew"
+    before = specfx.explain(model).stock_calls
+    assert torch.equal(model.generate(prompt_of(), max_new_tokens=10), expected)
+    assert specfx.explain(model).stock_calls == before
+    assert not [r for r in specfx.explain(model).refusals if r.stage != "generate"]
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("llama", {"attention_dropout": 0.4}), ("gpt2", {"resid_pdrop": 0.4})])
+def test_training_with_dropout_is_stocks(name: str, dropout: dict[str, float]) -> None:
+    model = specfx.speculate(tiny_model(name, **dropout), "suffix", engine="graph", compile="off")
+    expected = stock(model, prompt_of(), max_new_tokens=20)
+    assert torch.equal(model.generate(prompt_of(), max_new_tokens=20), expected)
+    assert_ours(model)
+    model.train()
+    texts = []
+    for generate in (model.generate, lambda *a, **k: stock(model, *a, **k)):
+        torch.manual_seed(1)
+        texts.append(generate(prompt_of(), max_new_tokens=20))
+    assert torch.equal(*texts)
+    assert not torch.equal(texts[0], expected)
+    assert_stock(model, "training mode with dropout")
+
+
+def test_training_without_dropout_is_accelerated() -> None:
+    model = specfx.speculate(tiny_model("llama").train(), "suffix", engine="graph", compile="off")
+    assert torch.equal(model.generate(prompt_of(), max_new_tokens=20), stock(model, prompt_of(), max_new_tokens=20))
+    assert_ours(model)
+
+
+def test_prompts_of_other_types(wrap: Wrap) -> None:
+    """int32 becomes int64, as in stock; what stock refuses is refused."""
+    model, cache = wrap(method="suffix"), specfx.PageCache()
+    text = model.generate(prompt_of(20).int(), max_new_tokens=6, past_key_values=cache)
+    expected = stock(model, prompt_of(20).int(), max_new_tokens=6)
+    assert text.dtype == expected.dtype == torch.int64
+    assert torch.equal(text, expected)
+    longer = torch.cat([text, prompt_of(5)], 1)
+    got = model.generate(longer.int(), max_new_tokens=6, past_key_values=cache)
+    assert torch.equal(got, stock(model, longer, max_new_tokens=6))
+    assert specfx.stats(model).last.reused_tokens == 25
+    del cache
+    assert_ours(model)
+    with pytest.raises(RuntimeError, match="indices"):
+        model.generate(prompt_of(20).float(), max_new_tokens=6)
+    assert_stock(model, "input_ids of torch.float32")

@@ -266,7 +266,7 @@ def _stream(streamer: BaseStreamer | None, committed: Committed) -> None:
 
 
 def _lay_out(input_ids: Tensor, generated: list[list[int]], config: GenerationConfig) -> Tensor:
-    """Rows that ended early are filled with the pad token, as in stock."""
+    """Rows that ended early are filled with the pad token, as in stock, whose tokens are int64 whatever the prompt's are."""
     width = max(map(len, generated))
     pad = 0
     if any(len(g) < width for g in generated):
@@ -274,5 +274,5 @@ def _lay_out(input_ids: Tensor, generated: list[list[int]], config: GenerationCo
         if pad_tensor is None:
             raise ValueError("`pad_token_id` must be set for a batch whose rows may end at different lengths")
         pad = int(pad_tensor)
-    new = torch.tensor([g + [pad] * (width - len(g)) for g in generated], dtype=input_ids.dtype, device=input_ids.device)
+    new = torch.tensor([g + [pad] * (width - len(g)) for g in generated], device=input_ids.device)
     return torch.cat([input_ids, new], dim=-1)
