@@ -153,7 +153,7 @@ def _require_wrapper(model: PreTrainedModel) -> SpeculativeGenerate:
 
 
 def _same_engine(a: CommonOptions, b: CommonOptions) -> bool:
-    fields = ("engine", "compile", "kv_pool", "page_size", "disable_passes", "cuda_graphs")
+    fields = ("engine", "compile", "kv_pool", "page_size", "disable_passes", "cuda_graphs", "max_autotune")
     return all(getattr(a, f) == getattr(b, f) for f in fields)
 
 

@@ -37,7 +37,8 @@ class CommonOptions:
     compiles. num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
     kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of
     free memory). page_size: tokens a page. disable_passes: names of passes to leave out. cuda_graphs: on a GPU, replay steps as CUDA
-    graphs. prefill_callback: called with (tokens done, tokens of all prompts of the call) after each piece of a prompt.
+    graphs. max_autotune: compile each size of those steps by itself, tuned by measuring, which takes a minute or more when it is first
+    met. prefill_callback: called with (tokens done, tokens of all prompts of the call) after each piece of a prompt.
     """
 
     engine: str = "auto"
@@ -47,6 +48,7 @@ class CommonOptions:
     page_size: int = 64
     disable_passes: tuple[str, ...] = ()
     cuda_graphs: bool = True
+    max_autotune: bool = False
     prefill_callback: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class CommonOptions:
         )
         object.__setattr__(self, "disable_passes", tuple(self.disable_passes))
         _check(isinstance(self.cuda_graphs, bool), "cuda_graphs", self.cuda_graphs, "must be True or False")
+        _check(isinstance(self.max_autotune, bool), "max_autotune", self.max_autotune, "must be True or False")
 
 
 @dataclass(frozen=True)

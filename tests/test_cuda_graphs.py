@@ -27,6 +27,7 @@ from specfx.capture import capture
 from specfx.engines import cuda_graphs, transfer
 from specfx.engines.base import Rows
 from specfx.engines.choose import Ladder, Prepared
+from specfx.engines.compiled import CompiledEngine, Lowered
 from specfx.engines.cuda_graphs import CudaRecorder, Sizes, dummy_rows, fill, inputs_like, replay, sizes_for
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import LoweringError, Reason, Refusal
@@ -34,7 +35,7 @@ from specfx.kernels import cpu_build, triton_kernels
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, run_passes
 from specfx.passes.pack_linears import pack_linears
-from specfx.passes.pipeline import REWRITE
+from specfx.passes.pipeline import LOWERING, REWRITE
 from specfx.runtime.kv_pool import KVPool, LayerShape
 from specfx.runtime.tree import MAX_ROWS, DraftTree
 
@@ -363,6 +364,68 @@ def test_where_recording_fails_the_call_itself_serves_and_says_why_once(fails_at
     assert refusal.reason is Reason.NOT_RECORDED
     assert "RuntimeError: operation not permitted when stream is capturing" in refusal.detail
     assert "cuda_graphs=False" in refusal.remedy
+
+
+def lowered_engine(tune: Any = None) -> CompiledEngine:
+    """A compiled engine without Inductor; `tune` takes the place of its `tuned`."""
+    module = run_passes(rewritten(num_hidden_layers=1), LOWERING, PassContext(PAGE_SIZE)).module
+    engine = CompiledEngine(Lowered(module, module, ()), "auto", CPU)
+    if tune is not None:
+        engine.tuned = lambda inputs: tune(engine, inputs)  # type: ignore[method-assign]
+    return engine
+
+
+def test_tuned_steps_have_fixed_sizes_and_are_the_untuned_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def lower(module: fx.GraphModule, examples: Sequence[Any], options: dict[str, Any]) -> Any:
+        asked.append(options)
+        assert all(isinstance(n, int) for x in examples for n in x.shape)
+        return inductor(module, examples, options | {"max_autotune": False})  # measures what this machine's Inductor has beside C++
+
+    inductor = _compat.inductor_compile
+    monkeypatch.setattr(_compat, "inductor_compile", lower)
+    refusals: list[Refusal] = []
+    recorder, theirs, ours = Recorded(), lowered_engine(), lowered_engine()
+    replay(ours, refusals.append, lambda: recorder, max_autotune=True)
+    for engine in (ours, theirs):
+        engine.add(0, 20)
+    (got,), (expected,) = (engine.forward([Rows(0, [3, 1, 4, 1])]) for engine in (ours, theirs))
+    torch.testing.assert_close(got.logits, expected.logits)
+    assert [options["max_autotune"] for options in asked] == [True]
+    assert (refusals, recorder.replays) == ([], 1)
+
+
+@pytest.mark.parametrize("reason", [Reason.COMPILED_DIFFERS, Reason.LOWERING_FAILED])
+def test_where_tuning_fails_untuned_steps_are_recorded(reason: Reason) -> None:
+    tried: list[int] = []
+
+    def tune(engine: CompiledEngine, inputs: Sequence[Tensor]) -> Any:
+        tried.append(1)
+        if reason is Reason.LOWERING_FAILED:
+            raise LoweringError("no configuration fits")
+        return lambda *inputs: [out * 1.5 for out in engine.direct(*inputs)]
+
+    refusals: list[Refusal] = []
+    recorder, theirs, ours = Recorded(), lowered_engine(), lowered_engine(tune)
+    replay(ours, refusals.append, lambda: recorder, max_autotune=True)
+    for engine in (ours, theirs):
+        engine.add(0, 20)
+    for tokens in ([3, 1, 4, 1], [5], [9, 2]):
+        (got,), (expected,) = (engine.forward([Rows(0, tokens)]) for engine in (ours, theirs))
+        torch.testing.assert_close(got.logits, expected.logits)
+    assert (recorder.replays, len(tried)) == (3, 1)
+    (refusal,) = refusals
+    assert (refusal.stage, refusal.reason) == ("tuned steps", reason)
+    assert "max_autotune=False" in refusal.remedy
+
+
+def test_engines_that_are_not_compiled_are_not_tuned() -> None:
+    recorder, engine = Recorded(), graph_engine(rewritten(num_hidden_layers=1), "auto", CPU)
+    replay(engine, [].append, lambda: recorder, max_autotune=True)
+    engine.add(0, 20)
+    engine.forward([Rows(0, [3])])
+    assert recorder.replays == 1
 
 
 def test_more_rows_than_a_replay_takes_go_to_the_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,9 +226,13 @@ def _path(pick: random.Random, tree: DraftTree) -> list[int]:
 # --- whole outputs --------------------------------------------------------------------------------------------------------------
 
 
+ENGINES = (("graph", False), ("compiled", False), ("compiled", True), ("eager", False))
+"""Engine, and whether each size of its replayed steps is tuned."""
+
+
 def equality(settings: Settings) -> Iterator[Row]:
-    """Greedy float32 outputs of every engine and method, batches of 1 and 4, against stock `generate`; near ties are judged as
-    `specfx bench equal` does."""
+    """Greedy float32 outputs of every engine and method, batches of 1 and 4 (tuned steps: one method, batches of 1), against stock
+    `generate`; near ties are judged as `specfx bench equal` does."""
     import specfx
     from specfx.api import engine_of
     from specfx.drafters.mtp_head import MtpHead, save_head
@@ -240,11 +244,14 @@ def equality(settings: Settings) -> Iterator[Row]:
     stock = {size: equal.outputs_of(model, Arm(STOCK), prompts, size, new_tokens, 0, end_tokens) for size in (1, 4)}
     with tempfile.TemporaryDirectory() as folder:
         head = settings.head or str(save_head(MtpHead.from_target(model), folder))
-        for engine in ("graph",) if device.type == "cpu" else ("graph", "compiled", "eager"):
-            mode = "sync" if engine == "compiled" else "off"
-            for arm in parse_arms("none,suffix,mtp:min_token_prob=0", head=head, engine=engine, compile=mode)[1:]:
+        for engine, tuned in (("graph", False),) if device.type == "cpu" else ENGINES:
+            mode, methods = (
+                "sync" if engine == "compiled" else "off",
+                "mtp:min_token_prob=0" if tuned else "none,suffix,mtp:min_token_prob=0",
+            )
+            for arm in parse_arms(methods, head=head, engine=engine, compile=mode, max_autotune=tuned)[1:]:
                 start(model, arm)
-                for size in (1, 4):
+                for size in (1,) if tuned else (1, 4):
                     outputs = equal.outputs_of(model, arm, prompts, size, new_tokens, 0, end_tokens)
                     explanation, served = specfx.explain(model), engine_of(model)
                     error_of = functools.partial(equal.measured_error, model, served)
@@ -261,7 +268,7 @@ def equality(settings: Settings) -> Iterator[Row]:
                         "differences": "; ".join(map(str, differences)) or None,
                         "refusals": "; ".join(map(str, refused)) or None,
                     }
-                    yield Row(f"{engine}, {arm.name}, batch {size}", right and not refused, figures)
+                    yield Row(f"{engine}{', tuned' if tuned else ''}, {arm.name}, batch {size}", right and not refused, figures)
 
 
 def _model_and_prompts(settings: Settings, device: torch.device) -> tuple[Any, list[Prompt]]:

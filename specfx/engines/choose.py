@@ -82,7 +82,7 @@ class Prepared:
             ladder = self._ladder(model, drafting)
             ladder.follow(self.fingerprint)
             if self.options.cuda_graphs and model.device.type == "cuda":
-                ladder.replay(functools.partial(clone_sharing_storage, model))
+                ladder.replay(functools.partial(clone_sharing_storage, model), max_autotune=self.options.max_autotune)
             return ladder
 
     def apart(self, drafting: Drafting | None) -> Refusal | None:

@@ -4,20 +4,24 @@
 2. Inductor compiles one artifact for all numbers of rows, sequences and pages, each kind of layer once. Weights, packed weights and page
    pools are its inputs, so it holds no copy of them, and the pools are written in place.
 
+On a GPU, steps that are recorded as CUDA graphs may have artifacts of their own (`CompiledEngine.tuned`): their sizes are fixed, so
+Inductor can measure which blocks are fastest, those of the template of `specfx.kernels.inductor_attention` among them.
+
 Inductor's cache key knows neither our ops nor our kernels; `_compat.inductor_compile` puts a hash of their sources into it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from specfx import _compat
 from specfx.capture import Fingerprint
-from specfx.engines.paged import PagedEngine
+from specfx.engines.paged import Call, PagedEngine
 from specfx.errors import LoweringError
 from specfx.passes.framework import PassContext, PassRecord, copy_module, run_passes
 from specfx.passes.pack_linears import repack
@@ -42,12 +46,18 @@ def lower(module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...
     """Run the lowering passes but those `disabled`, and Inductor. Raises `LoweringError` if Inductor fails."""
     # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
     lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
-    examples = [n.meta["val"] for n in lowered.module.graph.nodes if n.op == "placeholder"]
+    return Lowered(lowered.module, _inductor(lowered.module, _examples(lowered.module)), lowered.records)
+
+
+def _examples(module: fx.GraphModule) -> list[Any]:
+    return [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+
+
+def _inductor(module: fx.GraphModule, examples: Sequence[Any], **settings: Any) -> _compat.Artifact:
     try:
-        call = _compat.inductor_compile(lowered.module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads()})
+        return _compat.inductor_compile(module, examples, _INDUCTOR | {"cpp.threads": torch.get_num_threads(), **settings})
     except Exception as e:  # Inductor and the C++ compiler behind it raise many kinds
         raise LoweringError(f"Inductor: {type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
-    return Lowered(lowered.module, call, lowered.records)
 
 
 class CompiledEngine(PagedEngine):
@@ -57,6 +67,13 @@ class CompiledEngine(PagedEngine):
         super().__init__("compiled", lowered.module, lowered.call, pool_size, device, draft_rows)
         self.lowered = lowered
         self.packed_at: Fingerprint | None = None  # the weights that the packed ones are of
+
+    def tuned(self, inputs: Sequence[Tensor]) -> Call:
+        """What `direct` does, for inputs of exactly the sizes of these, by what measures fastest. Raises `LoweringError`."""
+        mode = _examples(self.module)[0].fake_mode
+        with mode:
+            examples = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in inputs]
+        return _inductor(self.module, examples, max_autotune=True)
 
     def refresh(self) -> None:
         """Follow in-place changes of the weights: pack them again. The other weights are the model's own."""

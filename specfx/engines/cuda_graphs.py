@@ -22,6 +22,10 @@ A step of a small model is hundreds of kernels, each shorter than its launch. A 
   is captured, always on dummy sequences alone, so nothing live is touched. It happens in the thread that generates, never while
   another thread of specfx compiles. If it fails the engine goes on without graphs, with a typed reason and the remedy.
 
+* **Tuning.** With ``max_autotune`` the compiled engine's call is compiled anew for each size before it is recorded, with the sizes fixed
+  and blocks chosen by measuring (`CompiledEngine.tuned`): a minute or more at the first step of a size. What it computes is compared with
+  the call's own outputs; where it differs or does not compile, the call itself is recorded, with a typed reason.
+
 The primitive that records is an argument of `Replayed`, so that all but it is tested without a GPU.
 """
 
@@ -41,8 +45,10 @@ from torch import Tensor
 
 from specfx import _compat
 from specfx.engines import transfer
+from specfx.engines.compiled import CompiledEngine
 from specfx.engines.paged import Call, PagedEngine, as_int64
 from specfx.errors import KVPoolError, LoweringError, Reason, Refusal
+from specfx.gate import TOLERANCES, row_error
 from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.tree_attention import tree_attention_, tree_parents, tree_positions
 from specfx.kernels.triton_common import power_of_two
@@ -164,7 +170,8 @@ class Replayed:
     """`PagedEngine.call` by replaying recordings of `call`; same inputs, same outputs. State.
 
     call: takes the graph's inputs in the order of `names`, on `device`. scratch: the pages for padding. new_recorder: makes a
-    `Recorder`, whose recordings share memory. refuse: called once with the reason if recording fails; then `call` serves alone.
+    `Recorder`, whose recordings share memory. refuse: called once with the reason if recording fails; then `call` serves alone. tune:
+    makes what does the same as `call` for inputs of the sizes of these; raises `LoweringError`.
     """
 
     def __init__(
@@ -175,7 +182,9 @@ class Replayed:
         scratch: Callable[[], Sequence[int]],
         new_recorder: Callable[[], Recorder],
         refuse: Callable[[Refusal], None],
+        tune: Callable[[Sequence[Tensor]], Call] | None = None,
     ) -> None:
+        self._tune = tune
         self._call, self._direct = call, transfer.uploading(call, device)
         self._names, self._device, self._scratch = list(names), device, scratch
         self._new_recorder, self._refuse = new_recorder, refuse
@@ -248,9 +257,25 @@ class Replayed:
         changing, others = iter(transfer.views(static, list(like.values()))), iter(pools)
         if tails is not None:
             tails = tails.new_zeros(sizes.sequences, *tails.shape[1:])
-        inputs = [next(changing) if name in _KNOWN_INPUTS else tails if name == TAILS else next(others) for name in self._names]
-        replay, outputs = self._record(lambda: self._call(*inputs))
+        inputs: list[Any] = [next(changing) if name in _KNOWN_INPUTS else tails if name == TAILS else next(others) for name in self._names]
+        call = self._call if self._tune is None else self._tuned(self._tune, inputs)
+        replay, outputs = self._record(lambda: call(*inputs))
         return _Recording(buffer, arrays, static, tails, replay, tuple(outputs))
+
+    def _tuned(self, tune: Callable[[Sequence[Tensor]], Call], inputs: Sequence[Tensor]) -> Call:
+        """The call for `inputs`, dummies, if one can be had that computes the same; else the call itself, and no more are tried."""
+        try:
+            tuned = tune(inputs)
+            expected = self._call(*inputs)[0].clone()
+            worst = row_error(tuned(*inputs)[0], expected).max().item()
+            if worst <= TOLERANCES.get(expected.dtype, TOLERANCES[torch.bfloat16]):
+                return tuned
+            reason, detail = Reason.COMPILED_DIFFERS, f"logits differ from those of the untuned step by {worst:.1e} (relative)"
+        except LoweringError as e:
+            reason, detail = Reason.LOWERING_FAILED, str(e)
+        self._tune = None
+        self._refuse(Refusal("tuned steps", reason, detail, "steps are recorded untuned; max_autotune=False asks for that"))
+        return self._call
 
 
 def _nothing(names: Sequence[str]) -> dict[str, Tensor]:
@@ -309,8 +334,14 @@ class CudaRecorder:
         return graph.replay, outputs
 
 
-def replay(engine: PagedEngine, refuse: Callable[[Refusal], None], new_recorder: Callable[[], Recorder] | None = None) -> None:
-    """Let `engine`, which holds no sequence, replay recordings of its call. new_recorder: of CUDA graphs if None.
+def replay(
+    engine: PagedEngine,
+    refuse: Callable[[Refusal], None],
+    new_recorder: Callable[[], Recorder] | None = None,
+    max_autotune: bool = False,
+) -> None:
+    """Let `engine`, which holds no sequence, replay recordings of its call. new_recorder: of CUDA graphs if None. max_autotune: of calls
+    that are tuned for each size, if it is a compiled one.
 
     Raises `LoweringError` if that can't be.
     """
@@ -327,7 +358,8 @@ def replay(engine: PagedEngine, refuse: Callable[[Refusal], None], new_recorder:
         engine.reserve_scratch(tokens)
     except KVPoolError as e:
         raise LoweringError(f"no room for the pages of padding: {e}") from e
-    engine.call = Replayed(engine.direct, engine.inputs, engine.device, lambda: engine.pool.scratch(tokens), new_recorder, refuse)
+    tune = engine.tuned if max_autotune and isinstance(engine, CompiledEngine) else None
+    engine.call = Replayed(engine.direct, engine.inputs, engine.device, lambda: engine.pool.scratch(tokens), new_recorder, refuse, tune)
 
 
 def stop_replaying(engine: PagedEngine) -> None:

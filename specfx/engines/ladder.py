@@ -143,7 +143,12 @@ class Ladder:
             self.engine.refresh()
             self.engine.packed_at = weights
 
-    def replay(self, new_stock: Callable[[], PreTrainedModel], new_recorder: Callable[[], cuda_graphs.Recorder] | None = None) -> None:
+    def replay(
+        self,
+        new_stock: Callable[[], PreTrainedModel],
+        new_recorder: Callable[[], cuda_graphs.Recorder] | None = None,
+        max_autotune: bool = False,
+    ) -> None:
         """Let the engine that serves replay its steps, once for each engine, unless another is being compiled (its thread would disturb
         the recording). What is wrong or can't be recorded is not replayed."""
         if self._replaying is self.engine or self.compiling is not None or not isinstance(self.engine, PagedEngine):
@@ -154,7 +159,7 @@ class Ladder:
         try:
             if limit is not None:
                 engine.resize_pool("auto")
-            cuda_graphs.replay(engine, self.refusals.append, new_recorder)
+            cuda_graphs.replay(engine, self.refusals.append, new_recorder, max_autotune)
             with timed(self.seconds, "CUDA graphs"):
                 self._prove(engine, new_stock(), False)
         except SpecfxError as e:
