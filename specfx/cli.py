@@ -16,6 +16,7 @@ from specfx.errors import SpecfxError
 
 _DTYPES = ("bfloat16", "float32", "float16")
 _ENGINES = ("auto", "compiled", "graph", "eager")
+_PROMPTS = "one JSON object a line: prompt, text, messages, turns or question"
 
 
 def _positive(text: str) -> int:
@@ -60,13 +61,18 @@ def parser() -> argparse.ArgumentParser:
     generate = kinds.add_parser("generate", help="whole generate calls: stock and each method, interleaved")
     generate.set_defaults(command="specfx.bench.generate")
     _add_model(generate)
-    _add_prompts(generate, max_prompt_tokens=1024)
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompts", metavar="FILE.jsonl", help=_PROMPTS)
+    source.add_argument("--random-prompts", type=_positive, metavar="N", help="N prompts of 64 random tokens each instead")
+    _add_longest_prompt(generate, 1024)
     _add_run_options(generate, dtype="bfloat16", max_new_tokens=128)
     _add_engine(generate)
     _add_tree_size(generate)
     generate.add_argument("--limit", type=_positive, metavar="N", help="only N prompts, the categories in turn")
     generate.add_argument("--per-category", type=_positive, metavar="K", help="only the first K prompts of each category")
     generate.add_argument("--repeats", type=_positive, default=1, help="runs of each method on each prompt; medians are taken (default: 1)")
+    generate.add_argument("--batch-size", type=_positive, default=1, metavar="B", help="prompts of a call (default: %(default)s)")
+    generate.add_argument("--temperature", type=_positive_number, metavar="T", help="sample (default: greedy)")
 
     equal = kinds.add_parser("equal", help="compare outputs with stock generate, token for token")
     equal.set_defaults(command="specfx.bench.equal")
@@ -189,12 +195,12 @@ def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -
 
 
 def _add_prompts(command: argparse.ArgumentParser, max_prompt_tokens: int) -> None:
-    command.add_argument(
-        "--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line: prompt, text, messages, turns or question"
-    )
-    command.add_argument(
-        "--max-prompt-tokens", type=_positive, default=max_prompt_tokens, help="longer prompts are left out (default: %(default)s)"
-    )
+    command.add_argument("--prompts", required=True, metavar="FILE.jsonl", help=_PROMPTS)
+    _add_longest_prompt(command, max_prompt_tokens)
+
+
+def _add_longest_prompt(command: argparse.ArgumentParser, default: int) -> None:
+    command.add_argument("--max-prompt-tokens", type=_positive, default=default, help="longer prompts are left out (default: %(default)s)")
 
 
 def _add_run_options(command: argparse.ArgumentParser, dtype: str, max_new_tokens: int) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from specfx.bench import report
-from specfx.bench.generate import NONE, STOCK, Arm, Measurement, measure, parse_arms, warm_up
+from specfx.bench.calls import STOCK, Arm
+from specfx.bench.generate import NONE, Measurement, measure, parse_arms, warm_up
 from specfx.bench.prompts import Source, encode
 from specfx.errors import SpecfxError
 from specfx.models import SMOLLM2, load_smollm2

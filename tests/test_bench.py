@@ -13,7 +13,7 @@ import torch
 
 import specfx
 from specfx import demo
-from specfx.bench import equal, forward, generate, prompts, report
+from specfx.bench import calls, equal, forward, generate, prompts, report
 from specfx.engines.base import Rows, RowsOutput
 from specfx.errors import OptionError
 from specfx.runtime.stats import CallStats
@@ -156,10 +156,10 @@ def test_progress_tells_the_end_of_what_fails(capsys: pytest.CaptureFixture[str]
 def test_head_goes_to_mtp_alone_and_none_options_are_left_out() -> None:
     arms = generate.parse_arms("none, suffix,mtp,none", head="h", engine="graph", num_speculative_tokens=None)
     assert arms == [
-        generate.Arm("stock"),
-        generate.Arm("none", None, {"engine": "graph"}),
-        generate.Arm("suffix", "suffix", {"engine": "graph"}),
-        generate.Arm("mtp", "mtp", {"head": "h", "engine": "graph"}),
+        calls.Arm("stock"),
+        calls.Arm("none", None, {"engine": "graph"}),
+        calls.Arm("suffix", "suffix", {"engine": "graph"}),
+        calls.Arm("mtp", "mtp", {"head": "h", "engine": "graph"}),
     ]
 
 
@@ -190,6 +190,51 @@ def test_measurement_compares_each_method_with_stock(wrapped: list[tuple[str | N
     assert all(options == {"compile": "sync", "engine": "graph"} for _, options in wrapped)
 
 
+def test_a_batch_is_measured_as_one_call_and_sampled_outputs_are_not_compared(wrapped: list[tuple[str | None, dict[str, Any]]]) -> None:
+    model, arms = CountingModel(), generate.parse_arms("none,suffix")
+    chosen = [prompts.Prompt(7, "a", (1, 2, 3)), prompts.Prompt(8, "b", (4, 5)), prompts.Prompt(9, "b", (6,))]
+    how: dict[str, Any] = {"max_new_tokens": 4, "batch_size": 2}
+    measured = generate.measure(model, chosen, arms, **how, end_tokens=[5])
+    # 1 2 3 goes on with 4 5, 4 5 with 6 7 8 9 (suffix: 6 7 8 10), 6 with 7 8 9 10
+    assert [(m.prompt, m.arm, m.prompt_tokens, m.tokens, m.same_as_stock) for m in measured] == [
+        (number, arm, read, written, same or (number == 7 and arm == "none"))
+        for number, read, written in ((7, 5, 6), (9, 1, 4))
+        for arm, same in (("stock", True), ("none", True), ("suffix", False))
+    ]
+    assert {m.category for m in measured} == {"all"}
+    sampled = generate.measure(model, chosen, arms, **how, temperature=1.5)
+    assert all(m.same_as_stock is None for m in sampled)
+    summaries = generate.summarise(sampled)
+    assert all(s.same_as_stock is None for s in summaries)
+    assert generate.summary_table({"all": summaries}).count("%") == 0
+
+
+def test_sampled_calls_are_seeded_and_draw_from_the_whole_vocabulary() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Noting(CountingModel):
+        def generate(self, ids: torch.Tensor, max_new_tokens: int, **how: Any) -> torch.Tensor:
+            seen.append({**how, "noise": int(torch.randint(1 << 40, ()))})
+            return super().generate(ids, max_new_tokens)
+
+    for seed in (3, 3, 4):
+        calls.generate(Noting(), calls.Arm("stock"), [(1,), (2, 3)], 2, temperature=1.5, seed=seed, pad=9)
+    assert {k: seen[0][k] for k in ("do_sample", "temperature", "top_k", "top_p")} == {
+        **{"do_sample": True, "temperature": 1.5},
+        **{"top_k": 0, "top_p": 1.0},
+    }
+    assert seen[0]["attention_mask"].tolist() == [[0, 1], [1, 1]]
+    assert seen[0]["noise"] == seen[1]["noise"] != seen[2]["noise"]
+
+
+def test_random_prompts_are_the_same_each_time() -> None:
+    made = prompts.random_tokens(3, 100)
+    assert made == prompts.random_tokens(3, 100)
+    assert [len(p.tokens) for p in made] == [64] * 3
+    assert len({p.tokens for p in made}) == 3
+    assert max(max(p.tokens) for p in made) < 100
+
+
 def test_summary_takes_medians_of_ratios() -> None:
     speeds = {"stock": (10, 20, 10), "none": (20, 60, 40), "suffix": (40, 60, 30)}
     measured = [
@@ -217,12 +262,12 @@ def test_first_difference(left: list[int], right: list[int], position: int | Non
 
 
 def test_padding_after_the_end_token_does_not_count() -> None:
-    assert equal.until_end([5, 2, 2, 2], [2]) == [5, 2]
-    assert equal.until_end([5, 6], [2]) == [5, 6]
+    assert calls.until_end([5, 2, 2, 2], [2]) == [5, 2]
+    assert calls.until_end([5, 6], [2]) == [5, 6]
 
 
 def test_batches_are_padded_on_the_left() -> None:
-    ids, mask = equal.left_padded([[5], [6, 7]], pad=0)
+    ids, mask = calls.left_padded([[5], [6, 7]], pad=0)
     assert ids.tolist() == [[0, 5], [6, 7]]
     assert mask.tolist() == [[0, 1], [1, 1]]
 
@@ -369,7 +414,7 @@ def test_demo_prompts_are_chats_that_end_with_the_user() -> None:
 def test_demo_skips_the_checkouts_head_where_it_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from specfx.errors import HeadError
 
-    def warm_up(model: Any, tokenizer: Any, arms: Sequence[generate.Arm], max_new_tokens: int) -> None:
+    def warm_up(model: Any, tokenizer: Any, arms: Sequence[calls.Arm], max_new_tokens: int) -> None:
         if arms[0].method == "mtp":
             raise HeadError("float32 head, bfloat16 target")
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from specfx.bench import report
-from specfx.bench.generate import STOCK, Arm, parse_arms, start
+from specfx.bench.calls import STOCK, Arm, end_tokens_of, generate, start
+from specfx.bench.generate import parse_arms
 from specfx.bench.prompts import Prompt, read_prompts
 from specfx.errors import OptionError
 from specfx.options import ENGINES
@@ -100,24 +101,6 @@ def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
         if a != b:
             return index
     return None if len(left) == len(right) else min(len(left), len(right))
-
-
-def until_end(tokens: Sequence[int], end_tokens: Sequence[int]) -> list[int]:
-    """Tokens up to the first end token, that one included: what follows in a batch is padding."""
-    for index, token in enumerate(tokens):
-        if token in end_tokens:
-            return list(tokens[: index + 1])
-    return list(tokens)
-
-
-def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` ``[B, P]`` of prompts of unequal length."""
-    import torch
-
-    longest = max(map(len, prompts))
-    ids = [[pad] * (longest - len(p)) + list(p) for p in prompts]
-    mask = [[0] * (longest - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
 
 
 def stock_logits(model: Any, prefix: Sequence[int]) -> torch.Tensor:
@@ -195,16 +178,6 @@ def analyse(
     unit = UNIT_ROUND_OFF.get(dtype)
     allowed = error_of(prefix) if unit is None else ROUNDINGS * unit * max(abs(first), abs(second))
     return dataclasses.replace(found, stock_logit=first, other_logit=second, gap=abs(first - second), allowed=allowed)
-
-
-def generate_batch(
-    model: Any, arm: Arm, prompts: Sequence[Prompt], max_new_tokens: int, pad: int, end_tokens: Sequence[int]
-) -> list[list[int]]:
-    """Greedy new tokens of each prompt of one batch, up to its end token. The arm must have been started."""
-    ids, mask = (tensor.to(model.device) for tensor in left_padded([p.tokens for p in prompts], pad))
-    call = type(model).generate.__get__(model) if arm.is_stock else model.generate
-    output = call(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-    return [until_end(row, end_tokens) for row in output[:, ids.shape[1] :].tolist()]
 
 
 def run(
@@ -322,12 +295,8 @@ def outputs_of(
     model: Any, arm: Arm, prompts: Sequence[Prompt], size: int, max_new_tokens: int, pad: int, end_tokens: Sequence[int]
 ) -> list[list[int]]:
     batches = [prompts[first : first + size] for first in range(0, len(prompts), size)]
-    return [row for batch in batches for row in generate_batch(model, arm, batch, max_new_tokens, pad, end_tokens)]
-
-
-def end_tokens_of(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else [end] if isinstance(end, int) else list(end)
+    how: dict[str, Any] = {"pad": pad, "end_tokens": end_tokens}
+    return [row for batch in batches for row in generate(model, arm, [p.tokens for p in batch], max_new_tokens, **how)[0]]
 
 
 def _engine_names(engines: str) -> list[str]:

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specfx.bench import report
-from specfx.bench.generate import NONE, generate, parse_arms, start
+from specfx.bench.calls import generate, start
+from specfx.bench.generate import NONE, parse_arms
 from specfx.errors import OptionError, UnsupportedModelError
 from specfx.runtime.tree import MAX_ROWS, DraftTree
 
@@ -111,7 +112,7 @@ def run(
         with report.Progress(f"{arm.name}: capture, compile, decode"):
             for _ in range(2):  # the first call warms up; each begins with a drafter that has seen nothing
                 start(target, arm)
-                generate(target, arm, prompt, max_new_tokens)
+                generate(target, arm, [prompt], max_new_tokens)
             stats = specfx.stats(target)
             steps_of[arm.name] = {
                 "seconds": dict(stats.seconds),

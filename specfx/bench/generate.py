@@ -3,6 +3,10 @@
 For each prompt all arms run one after another in one process, in an order that rotates from prompt to prompt, after a warm-up of
 each. So a ratio compares runs that are seconds apart, and the medians are taken over ratios, not over speeds. Times are of whole
 calls, prefill included. The stock arm is the class's own `generate` on the same object.
+
+With a batch size, prompts go together in calls of so many, and a call counts as one prompt that is as long as all of them. With a
+temperature tokens are sampled, each call from a seed of its own; then outputs are not compared: stock draws from other noise. Random
+prompts are random tokens, whose continuations nobody can guess.
 """
 
 from __future__ import annotations
@@ -11,39 +15,26 @@ import ast
 import dataclasses
 import statistics
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from specfx.bench import report
-from specfx.bench.prompts import Prompt, read_prompts
+from specfx.bench.calls import STOCK, Arm, end_tokens_of, generate, start
+from specfx.bench.prompts import UNCATEGORISED, Prompt, random_tokens, read_prompts
 from specfx.errors import OptionError
 from specfx.options import parse
 from specfx.runtime.stats import CallStats
 
-STOCK = "stock"
 NONE = "none"
 _DEPTHS = 5  # of acceptance that the table shows
 _WARM_UP_TEXT = "one two three four five six seven eight nine ten, " * 6
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to generate: the stock model, or a method with its options."""
-
-    name: str
-    method: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_stock(self) -> bool:
-        return self.name == STOCK
-
-
-@dataclass(frozen=True)
 class Measurement:
-    """One arm on one prompt. seconds: the whole call, the median over repeats. forwards and tokens_per_forward: None for stock."""
+    """One arm on one call, named by its first prompt. prompt_tokens, tokens: of all its prompts. seconds: the whole call, the median over
+    repeats. same_as_stock: None if sampled. forwards and tokens_per_forward: None for stock."""
 
     prompt: int
     category: str
@@ -51,7 +42,7 @@ class Measurement:
     prompt_tokens: int
     tokens: int
     seconds: float
-    same_as_stock: bool
+    same_as_stock: bool | None
     forwards: int | None = None
     tokens_per_forward: float | None = None
     proposed: list[int] | None = None
@@ -76,7 +67,7 @@ class Summary:
     tokens_per_forward: float | None
     acceptance_by_depth: list[float] | None
     """Of the drafts that were so deep, the share in which a token of this depth was accepted."""
-    same_as_stock: float
+    same_as_stock: float | None
 
 
 def parse_arms(methods: str, **options: Any) -> list[Arm]:
@@ -107,67 +98,57 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def start(model: Any, arm: Arm) -> None:
-    """Make `model.generate` the arm's. Stock needs nothing: it is called past the wrapper."""
-    import specfx
-
-    if not arm.is_stock:
-        specfx.speculate(model, arm.method, **{"compile": "sync", **arm.options})
-
-
-def generate(model: Any, arm: Arm, tokens: Sequence[int], max_new_tokens: int) -> tuple[list[int], float]:
-    """Greedy new tokens of one prompt and the seconds of the call. The arm must have been started."""
-    import torch
-
-    inputs = torch.tensor([list(tokens)], device=model.device)
-    call = type(model).generate.__get__(model) if arm.is_stock else model.generate
-    _synchronize()
-    began = time.perf_counter()
-    output = call(inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=max_new_tokens, do_sample=False)
-    _synchronize()
-    seconds = time.perf_counter() - began
-    return output[0, len(tokens) :].tolist(), seconds
-
-
 def warm_up(model: Any, tokenizer: Any, arms: Sequence[Arm], max_new_tokens: int) -> None:
     """Each arm once on a text of its own, not a measured one: captures, compiles, and fills caches."""
     tokens = tokenizer(_WARM_UP_TEXT).input_ids
     for arm in arms:
         with report.Progress(f"{arm.name}: first call" if arm.is_stock else f"{arm.name}: capture, compile, first call"):
             start(model, arm)
-            generate(model, arm, tokens, max_new_tokens)
+            generate(model, arm, [tokens], max_new_tokens)
 
 
-def measure(model: Any, prompts: Sequence[Prompt], arms: Sequence[Arm], *, max_new_tokens: int, repeats: int = 1) -> list[Measurement]:
-    """Every arm on every prompt, interleaved. The first of `arms` must be stock: outputs are compared with its."""
+def measure(
+    model: Any,
+    prompts: Sequence[Prompt],
+    arms: Sequence[Arm],
+    *,
+    max_new_tokens: int,
+    repeats: int = 1,
+    batch_size: int = 1,
+    temperature: float | None = None,
+    end_tokens: Sequence[int] = (),
+) -> list[Measurement]:
+    """Every arm on every batch of prompts, interleaved. The first of `arms` must be stock: greedy outputs are compared with its."""
     results = []
-    for index, prompt in enumerate(prompts):
-        outputs: dict[str, list[int]] = {}
+    batches = [prompts[first : first + batch_size] for first in range(0, len(prompts), batch_size)]
+    for index, batch in enumerate(batches):
+        outputs: dict[str, list[list[int]]] = {}
         seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
         statistics_of: dict[str, Any] = {}
         for repeat in range(repeats):
             turn = (index + repeat) % len(arms)
             for arm in [*arms[turn:], *arms[:turn]]:
                 start(model, arm)
-                outputs[arm.name], taken = generate(model, arm, prompt.tokens, max_new_tokens)
+                how: dict[str, Any] = {"temperature": temperature, "seed": index, "end_tokens": end_tokens}
+                outputs[arm.name], taken = generate(model, arm, [prompt.tokens for prompt in batch], max_new_tokens, **how)
                 seconds[arm.name].append(taken)
                 statistics_of[arm.name] = None if arm.is_stock else _statistics(model)
         for arm in arms:
             output = outputs[arm.name]
             results.append(
                 Measurement(
-                    prompt=prompt.number,
-                    category=prompt.category,
+                    prompt=batch[0].number,
+                    category=batch[0].category if batch_size == 1 else UNCATEGORISED,
                     arm=arm.name,
-                    prompt_tokens=len(prompt.tokens),
-                    tokens=len(output),
+                    prompt_tokens=sum(len(prompt.tokens) for prompt in batch),
+                    tokens=sum(map(len, output)),
                     seconds=statistics.median(seconds[arm.name]),
-                    same_as_stock=output == outputs[arms[0].name],
+                    same_as_stock=output == outputs[arms[0].name] if temperature is None else None,
                     **(statistics_of[arm.name] or {}),
                 )
             )
         speeds = ", ".join(f"{m.arm} {m.tokens_per_second:.1f}" for m in results[-len(arms) :])
-        print(f"prompt {index + 1}/{len(prompts)} ({prompt.category}), tokens/s: {speeds}", file=sys.stderr, flush=True)
+        print(f"call {index + 1}/{len(batches)} ({results[-1].category}), tokens/s: {speeds}", file=sys.stderr, flush=True)
     return results
 
 
@@ -196,7 +177,7 @@ def summarise(measurements: Sequence[Measurement]) -> list[Summary]:
                 lowest_over_none=min(over_none, default=None),
                 tokens_per_forward=per_forward,
                 acceptance_by_depth=_acceptance(own),
-                same_as_stock=sum(m.same_as_stock for m in own) / len(own),
+                same_as_stock=None if any(m.same_as_stock is None for m in own) else sum(bool(m.same_as_stock) for m in own) / len(own),
             )
         )
     return summaries
@@ -242,7 +223,7 @@ def summary_table(groups: dict[str, list[Summary]]) -> str:
             report.number(s.lowest_over_none, 2, "x"),
             report.number(s.tokens_per_forward),
             " ".join(f"{share:.2f}" for share in (s.acceptance_by_depth or [])[:_DEPTHS]) or "-",
-            f"{s.same_as_stock:.0%}",
+            "-" if s.same_as_stock is None else f"{s.same_as_stock:.0%}",
         )
         for group, summaries in groups.items()
         for s in summaries
@@ -253,7 +234,8 @@ def summary_table(groups: dict[str, list[Summary]]) -> str:
 def run(
     *,
     model: str,
-    prompts: str,
+    prompts: str | None,
+    random_prompts: int | None,
     methods: str,
     head: str | None,
     engine: str,
@@ -263,6 +245,8 @@ def run(
     limit: int | None,
     per_category: int | None,
     repeats: int,
+    batch_size: int,
+    temperature: float | None,
     dtype: str,
     threads: int | None,
     json: str | None,
@@ -277,11 +261,15 @@ def run(
     report.set_threads(threads)
     with report.Progress(f"loading {model}"):
         target, tokenizer = models.load(model, getattr(torch, dtype))
-    chosen = read_prompts(
-        prompts, tokenizer, limit=limit, per_category=per_category, max_prompt_tokens=max_prompt_tokens, spread=limit is not None
-    )
+    if prompts is None:
+        chosen = random_tokens(random_prompts or 0, target.config.get_text_config().vocab_size)
+    else:
+        chosen = read_prompts(
+            prompts, tokenizer, limit=limit, per_category=per_category, max_prompt_tokens=max_prompt_tokens, spread=limit is not None
+        )
     warm_up(target, tokenizer, arms, max_new_tokens)
-    measurements = measure(target, chosen, arms, max_new_tokens=max_new_tokens, repeats=repeats)
+    how: dict[str, Any] = {"repeats": repeats, "batch_size": batch_size, "temperature": temperature, "end_tokens": end_tokens_of(target)}
+    measurements = measure(target, chosen, arms, max_new_tokens=max_new_tokens, **how)
     overall, categories = summarise(measurements), by_category(measurements)
     groups = {"all": overall, **(categories if len(categories) > 1 else {})}
     print(summary_table(groups))
@@ -294,6 +282,8 @@ def run(
             "bench": "generate",
             "model": model,
             "dtype": dtype,
+            "batch_size": batch_size,
+            "temperature": temperature,
             "engine": explanation.engine,
             "refusals": [str(refusal) for refusal in explanation.refusals],
             "summary": {group: [dataclasses.asdict(s) for s in summaries] for group, summaries in groups.items()},
@@ -315,10 +305,3 @@ def _statistics(model: Any) -> dict[str, Any]:
         "accepted": list(stats.last.accepted),
         "seconds_by_stage": dict(stats.seconds),
     }
-
-
-def _synchronize() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from specfx import _compat
 from specfx.bench import equal, random_models
-from specfx.bench.generate import STOCK, Arm, parse_arms, start
+from specfx.bench.calls import STOCK, Arm, end_tokens_of, start
+from specfx.bench.generate import parse_arms
 from specfx.bench.gpu import Row, Settings
 from specfx.bench.paged_batches import Batch, Shape, make, uniform
 from specfx.bench.prompts import Prompt
@@ -240,7 +241,7 @@ def equality(settings: Settings) -> Iterator[Row]:
     device = torch.device(settings.device)
     model, prompts = _model_and_prompts(settings, device)
     new_tokens = 24 if settings.quick or device.type == "cpu" else 128
-    end_tokens = equal.end_tokens_of(model)
+    end_tokens = end_tokens_of(model)
     stock = {size: equal.outputs_of(model, Arm(STOCK), prompts, size, new_tokens, 0, end_tokens) for size in (1, 4)}
     with tempfile.TemporaryDirectory() as folder:
         head = settings.head or str(save_head(MtpHead.from_target(model), folder))

@@ -13,6 +13,7 @@ Messages go through the tokenizer's chat template; where there is none they are 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,12 @@ def read_prompts(
     if not kept:
         raise OptionError(f"no prompt of {path} has 1 to {max_prompt_tokens} tokens: raise --max-prompt-tokens")
     return kept
+
+
+def random_tokens(count: int, vocabulary: int, length: int = 64) -> list[Prompt]:
+    """`count` prompts of `length` random tokens, the same each time."""
+    pick = random.Random(0)
+    return [Prompt(i + 1, "random tokens", tuple(pick.randrange(vocabulary) for _ in range(length))) for i in range(count)]
 
 
 def round_robin(sources: Iterable[Source]) -> list[Source]:
