@@ -1,8 +1,9 @@
-"""Logits only where they are read, and the greedy choice inside the graph.
+"""Logits only where they are read, and the target's choice inside the graph.
 
 The LM head runs on the rows named by the new graph input ``logit_rows`` (int64 ``[R]``), so a prefill of a thousand rows computes one
-row of logits; the graph also returns ``argmax`` (int64 ``[R]``) over the float32 logits, as stock greedy decoding does.
-Output: ``(logits [1, R, V], hidden [1, T, H], argmax [R])``.
+row of logits; the graph also returns the ``choice`` (int64 ``[R]``) behind each of them: the argmax over the float32 logits, as in stock
+greedy decoding, or a token drawn from them, warped, as the new inputs ``keys`` and ``warp`` say (see `specfx.kernels.keyed_sample`).
+Output: ``(logits [1, R, V], hidden [1, T, H], choice [R])``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ import torch
 from torch import fx
 
 from specfx.errors import PassError
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.passes.framework import Pass, PassContext, add_placeholder, fake_input, insert_call, placeholder
 
 aten = torch.ops.aten
+KEYS, WARP = "keys", "warp"
 _VIEWS = (aten.alias.default, aten.clone.default, aten.detach.default)
 
 
@@ -51,23 +54,26 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     path = _between(hidden, logits)
     if not path:
         raise PassError("the logits are not computed from the hidden states")
-    rows = add_placeholder(module, "logit_rows", fake_input(module, (None,), torch.int64, ids.meta["val"].device))
+    device = ids.meta["val"].device
+    rows = add_placeholder(module, "logit_rows", fake_input(module, (None,), torch.int64, device))
+    count = rows.meta["val"].shape[0]
+    keys = add_placeholder(module, KEYS, fake_input(module, (count, 3), torch.int64, device))
+    warp = add_placeholder(module, WARP, fake_input(module, (count, 4), torch.float64, device))
     with module.graph.inserting_before(path[0]):
         selected = insert_call(module.graph, aten.index_select.default, hidden, 1, rows)
     for node in path:
         node.replace_input_with(hidden, selected)
         node.meta["val"] = node.target(*fx.map_arg(node.args, lambda n: n.meta["val"]), **fx.map_arg(node.kwargs, lambda n: n.meta["val"]))  # type: ignore[operator]
     with module.graph.inserting_before(output):
-        wide = insert_call(module.graph, aten.to.dtype, insert_call(module.graph, aten.select.int, logits, 0, 0), torch.float32)
-        argmax = insert_call(module.graph, aten.argmax.default, wide, -1)
-    output.args = ((logits, hidden, argmax),)
+        choice = insert_call(module.graph, keyed_sample, insert_call(module.graph, aten.select.int, logits, 0, 0), keys, warp)
+    output.args = ((logits, hidden, choice),)
     return 1
 
 
 def ensures(module: fx.GraphModule, context: PassContext) -> None:
-    logits, hidden, argmax = (n.meta["val"] for n in module.graph.output_node().args[0])  # type: ignore[union-attr]
-    if logits.shape[1] != argmax.shape[0] or hidden.shape[:2] != placeholder(module, "input_ids").meta["val"].shape:  # type: ignore[union-attr]
-        raise PassError(f"wrong shapes: logits {tuple(logits.shape)}, hidden {tuple(hidden.shape)}, argmax {tuple(argmax.shape)}")
+    logits, hidden, choice = (n.meta["val"] for n in module.graph.output_node().args[0])  # type: ignore[union-attr]
+    if logits.shape[1] != choice.shape[0] or hidden.shape[:2] != placeholder(module, "input_ids").meta["val"].shape:  # type: ignore[union-attr]
+        raise PassError(f"wrong shapes: logits {tuple(logits.shape)}, hidden {tuple(hidden.shape)}, choice {tuple(choice.shape)}")
 
 
 epilogue = Pass("epilogue", run, ensures)

@@ -1,9 +1,9 @@
 """A next-n head, the acceptance of the last draft and the drafting of the next are stitched behind the target's hidden states.
 
 The context brings the head's part as a graph of its own (`PassContext.drafting`, see `specfx.engines.drafting`). Its inputs are bound
-by name: the target's ``hidden`` and ``argmax``, the inputs that the target's graph has already, one more pair of page pools for each layer,
+by name: the target's ``hidden`` and ``choice``, the inputs that the target's graph has already, one more pair of page pools for each layer,
 and the new input ``next_ids`` (int64 ``[T]``: the token behind each row where it is known, -1 where the target's choice is). Weights that
-both have are read once. Output: ``(logits, hidden, argmax, draft tokens [S, N], parents [S, N], log-probabilities of the paths [S, N])``. A
+both have are read once. Output: ``(logits, hidden, choice, draft tokens [S, N], parents [S, N], log-probabilities of the paths [S, N])``. A
 head of L > 1 layers also has an input and a last output ``tails`` ``[S, L - 1, H]``: the second goes into the sequences' next forward.
 """
 
@@ -40,13 +40,13 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     if head is None:
         raise PassError("there is no head to stitch")
     if len(results) != 3:
-        raise PassError("the graph must return (logits, hidden, argmax): the epilogue pass did not run")
+        raise PassError("the graph must return (logits, hidden, choice): the epilogue pass did not run")
     ids = placeholder(module, "input_ids")
     assert ids is not None
     mode, device, layer = fake_mode_of(module), ids.meta["val"].device, len(calls(module, tree_attention_))
     like = placeholder(module, "k_pages_0")
     pages = new_size(mode) if like is None else like.meta["val"].shape[0]
-    bound: dict[str, fx.Node] = {"hidden": results[1], "argmax": results[2]}
+    bound: dict[str, fx.Node] = {"hidden": results[1], "choice": results[2]}
     bound[NEXT_IDS] = add_placeholder(module, NEXT_IDS, fake_input(module, (ids.meta["val"].shape[1],), torch.int64, device))
     if (tails := placeholder(head, TAILS)) is not None:
         sequences = _input(module, "lengths").meta["val"].shape[0]

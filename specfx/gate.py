@@ -5,6 +5,7 @@ Before an engine serves, it is compared with the stock eager model, run without 
 * **single**: one row on an empty sequence (1 x 1);
 * **chains**: a prompt, a chain of drafts of which some are kept, a forward that is rolled back, single tokens;
 * **batch**: two sequences of unequal lengths in one ragged forward;
+* **choices**: of such a batch, the tokens behind all rows, drawn for one sequence, against those of the op's reference;
 * **long**: a causal run of more rows than a tree mask has bits and a page has tokens, and a chain behind it;
 * **trees**: a branching tree, a path with gaps committed (so keys and values are moved), another tree behind it;
 * **states**: for models with recurrent states, a prompt in two pieces, then chains of which all drafts, some or none are kept.
@@ -24,8 +25,9 @@ from torch import fx
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from specfx.drafters.mtp import Drafting, MtpDrafter
-from specfx.engines.base import Engine, Rows
+from specfx.engines.base import Engine, Rows, draws_of
 from specfx.errors import GateError
+from specfx.kernels.keyed_sample import Draw, keyed_sample_reference
 from specfx.kernels.tree_attention import tree_attention_
 from specfx.passes.framework import calls, copy_module
 from specfx.runtime.tree import DraftTree
@@ -44,6 +46,8 @@ LONG = 80
 PARENTS = ((-1, -1, 0, 1, 1, 4, 2, 5), (-1, 0, 0, -1, 3, 2))
 """Two trees: on the first, the path of rows 0, 2, 5, 6, 8 is committed, and the second hangs behind it."""
 PATH = (0, 2, 5, 6, 8)
+DRAW = Draw(seed=1 << 40 | 5, sequence=1, temperature=1.2, top_k=200, top_p=0.97, min_p=1e-4)
+"""How tokens are drawn where draws are compared: everything that `specfx::keyed_sample` knows takes part."""
 SINGLE = 16
 """Tokens that go one by one behind a prompt."""
 STEPS = ((4, 4), (1, 1), (6, 5), (6, 0), (6, 6), (6, 5), (6, 5), (6, 5), (6, 2), (1, 1))
@@ -66,6 +70,7 @@ def check(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True, s
             check_single(engine, stock, tokens)
             check_chains(engine, stock, tokens)
             check_batch(engine, stock, tokens)
+            check_choices(engine, tokens)
             check_long(engine, stock, tokens)
             if states:
                 check_states(engine, stock, tokens)
@@ -196,6 +201,21 @@ def check_batch(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -
             _judge(stock, "batch", rows, output.logits, before)
 
 
+def check_choices(engine: Engine, tokens: Sequence[int]) -> None:
+    """What is chosen behind the rows of two sequences, greedy and drawn, is what the engine's own logits call for. Raises `GateError`."""
+    with sequences(engine, -1, -2):
+        for rows in (Rows(-1, tokens[:3], last_only=True, draw=DRAW), Rows(-2, tokens[3:8], last_only=True)):
+            engine.forward([rows])
+            engine.commit(rows.seq, range(rows.count))
+        batch = [Rows(-1, tokens[8:9], DraftTree.chain(tokens[9:12]), draw=DRAW), Rows(-2, tokens[12:13], DraftTree.chain(tokens[13:15]))]
+        outputs = engine.forward(batch)
+        logits = torch.cat([output.logits for output in outputs]).cpu()
+        expected = keyed_sample_reference(logits, *draws_of(batch, [3, 5])).tolist()
+        actual = [token for output in outputs for token in output.choice]
+    if actual != expected:
+        raise GateError(f"choices: {actual} behind the rows, expected {expected}")
+
+
 def check_long(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -> None:
     """A run of `LONG` rows on an empty sequence, a chain behind it; left out for models whose context is shorter."""
     context = getattr(stock.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -246,7 +266,8 @@ def check_trees(engine: Engine, stock: PreTrainedModel, tokens: Sequence[int]) -
 
 
 def check_drafts(engine: Engine, drafting: Drafting, tokens: Sequence[int], shrink_window: bool) -> None:
-    """The drafts of an engine with a head in its graph: behind a prompt in two pieces, and behind trees of which a part was accepted.
+    """The drafts of an engine with a head in its graph: behind a prompt in two pieces, and behind trees of which a part was accepted,
+    of a greedy sequence first, then as if it were sampled.
 
     The head in eager PyTorch scores the same trees over the same hidden states; it must find the same probabilities, and no better
     first token. Raises `GateError`.
@@ -264,27 +285,27 @@ def check_drafts(engine: Engine, drafting: Drafting, tokens: Sequence[int], shri
         engine.commit(-1, range(PROMPT - 4))
         assert output.hidden is not None
         reference.add(-1, prompt)
-        reference.accept(-1, output.argmax, torch.cat([before, output.hidden]))
+        reference.accept(-1, output.choice, torch.cat([before, output.hidden]))
         for step in range(4):
-            pending, tree = output.argmax[-1], output.draft
+            pending, tree, draw = output.choice[-1], output.draft, None if step == 0 else DRAW
             if tree is None or len(tree) != drafting.shape.nodes:
                 raise GateError(f"a draft of {drafting.shape.nodes} nodes was expected, got {tree}")
             _judge_draft(reference, tree, drafting.head.dtype)
             if step == 3:
                 break
             if step == 1:  # one token for certain, whatever the head is worth
-                tree = _with_right_token(engine, pending, tree)
-            output = engine.forward([Rows(-1, [pending], tree)])[0]
-            rows = tree.walk(output.argmax)
+                tree = _with_right_token(engine, pending, tree, draw)
+            output = engine.forward([Rows(-1, [pending], tree, draw=draw)])[0]
+            rows = tree.walk(output.choice)
             engine.commit(-1, rows)
             assert output.hidden is not None
-            reference.accept(-1, [output.argmax[row] for row in rows], output.hidden[rows])
-            output = replace(output, argmax=[output.argmax[rows[-1]]])
+            reference.accept(-1, [output.choice[row] for row in rows], output.hidden[rows])
+            output = replace(output, choice=[output.choice[rows[-1]]])
 
 
-def _with_right_token(engine: Engine, pending: int, tree: DraftTree) -> DraftTree:
+def _with_right_token(engine: Engine, pending: int, tree: DraftTree, draw: Draw | None) -> DraftTree:
     """`tree` behind which hangs, as one more branch where it isn't there, what the target will choose first (a forward finds out)."""
-    right = engine.forward([Rows(-1, [pending])])[0].argmax[0]
+    right = engine.forward([Rows(-1, [pending], draw=draw)])[0].choice[0]
     if any(token == right and parent < 0 for token, parent in zip(tree.tokens, tree.parents, strict=True)):
         return tree
     return DraftTree((*tree.tokens, right), (*tree.parents, -1), (*tree.probs, 0.0))

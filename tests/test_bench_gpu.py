@@ -123,7 +123,7 @@ def test_a_wrong_kernel_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None
     assert gpu_checks.compare_attention("", batch, tree_attention_).ok
     assert [gpu_checks.compare_attention("", batch, op).ok for op in (off_by_one, without_moves, garbage)] == [False] * 3
     monkeypatch.setattr(gpu_checks, "greedy_walk", lambda ids, *more: (torch.zeros(1), torch.zeros(1), torch.zeros(1)))
-    monkeypatch.setattr(gpu_checks, "keyed_sample", lambda logits, keys: logits.argmax(-1))
+    monkeypatch.setattr(gpu_checks, "keyed_sample", lambda logits, keys, warp: logits.argmax(-1))
     assert all(row.ok is False for row in gpu_checks.walks(ON_CPU, CPU) if row.what.startswith("greedy_walk"))
     assert any(row.ok is False for row in gpu_checks.samples(ON_CPU, CPU))
 

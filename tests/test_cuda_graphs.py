@@ -32,6 +32,7 @@ from specfx.engines.cuda_graphs import CudaRecorder, Sizes, dummy_rows, fill, in
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import LoweringError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels
+from specfx.kernels.keyed_sample import Draw
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, run_passes
 from specfx.passes.pack_linears import pack_linears
@@ -171,11 +172,12 @@ def random_tree(pick: random.Random, nodes: int) -> DraftTree:
 
 
 def random_rows(pick: random.Random, seq: int, prompt: bool, trees: bool) -> Rows:
+    draw = Draw(5, seq, 1.5, 20, 0.9, 0.01) if seq % 2 else None
     if prompt:
-        return Rows(seq, [pick.randrange(VOCAB) for _ in range(pick.choice([1, 3, 30, 64, 70]))], last_only=pick.random() < 0.5)
+        return Rows(seq, [pick.randrange(VOCAB) for _ in range(pick.choice([1, 3, 30, 64, 70]))], last_only=pick.random() < 0.5, draw=draw)
     nodes = pick.choice([0, 0, 1, 3, 7, 15, 20])
     tree = random_tree(pick, nodes) if trees else DraftTree.chain(pick.sample(range(VOCAB), nodes))
-    return Rows(seq, [pick.randrange(VOCAB)], tree)
+    return Rows(seq, [pick.randrange(VOCAB)], tree, draw=draw)
 
 
 def path_in(pick: random.Random, rows: Rows) -> list[int]:
@@ -252,9 +254,9 @@ def test_replayed_steps_are_the_unpadded_ones(case: str, kernels: cpu_build.CpuK
             continue
         forwards += 1
         longer += any(r.count > MAX_ROWS for r in batch)
-        outputs = [(x.argmax, x.logits.clone(), x.hidden) for x in ours.forward(batch)]
-        for (argmax, logits, hidden), expected in zip(outputs, theirs.forward(batch), strict=True):
-            assert argmax == expected.argmax
+        outputs = [(x.choice, x.logits.clone(), x.hidden) for x in ours.forward(batch)]
+        for (choice, logits, hidden), expected in zip(outputs, theirs.forward(batch), strict=True):
+            assert choice == expected.choice
             torch.testing.assert_close(logits, expected.logits, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(hidden, expected.hidden, rtol=1e-5, atol=1e-5)
             assert logits.shape == expected.logits.shape
@@ -356,7 +358,7 @@ def test_where_recording_fails_the_call_itself_serves_and_says_why_once(fails_at
     poison_free_pages(ours)
     for tokens in ([2], [2, 7, 1, 8, 2], [2, 8]):
         (got,), (expected,) = ours.forward([Rows(0, tokens)]), theirs.forward([Rows(0, tokens)])
-        assert got.argmax == expected.argmax
+        assert got.choice == expected.choice
         torch.testing.assert_close(got.logits, expected.logits)
     assert free_pages_are_poison(ours)
     (refusal,) = refusals
@@ -454,7 +456,7 @@ def test_an_input_whose_padding_is_not_known_is_refused() -> None:
 
 def test_ops_that_read_back_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compat, "has_kernel", lambda op, device: "positions" in op.name())
-    with pytest.raises(LoweringError, match=r"^specfx::tree_attention_ run on their references"):
+    with pytest.raises(LoweringError, match=r"^specfx::keyed_sample, specfx::tree_attention_ run on their references"):
         replay(graph_engine(rewritten(), "auto", CPU), [].append)
 
 
@@ -469,7 +471,7 @@ def test_a_machine_without_cuda_records_nothing_and_serves(kernels: cpu_build.Cp
     engine = graph_engine(rewritten(), "auto", CPU)
     replay(engine, refusals.append)
     engine.add(0, 8)
-    assert len(engine.forward([Rows(0, [3, 1])])[0].argmax) == 2
+    assert len(engine.forward([Rows(0, [3, 1])])[0].choice) == 2
     assert [r.reason for r in refusals] == [Reason.NOT_RECORDED]
 
 

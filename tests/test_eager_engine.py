@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, PreTrainedModel
 import specfx.engines.eager as eager
 from specfx.engines.base import Rows
 from specfx.engines.eager import EagerEngine
-from specfx.errors import Reason
+from specfx.errors import LoweringError, Reason
+from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_sample_reference
 from specfx.runtime.tree import DraftTree
 
 CHAINS_ONLY = ("bloom", "mpt")
@@ -64,15 +65,15 @@ class Greedy:
         engine.add(seq, len(prompt) + len(expected))
         (output,) = engine.forward([Rows(seq, prompt, last_only=True)])
         engine.commit(seq, range(len(prompt)))
-        self.out = list(output.argmax)
+        self.out = list(output.choice)
 
     def step(self) -> None:
         draft = random_tree if self.engine.verifies == "trees" else random_chain
         tree = draft(self.rng, self.expected[len(self.out) :], self.rng.randrange(9))
         (output,) = self.engine.forward([Rows(self.seq, self.out[-1:], tree)])
-        rows = tree.walk(output.argmax)
+        rows = tree.walk(output.choice)
         self.engine.commit(self.seq, rows)
-        self.out += [output.argmax[row] for row in rows]
+        self.out += [output.choice[row] for row in rows]
         self.steps += 1
         self.gaps += rows != list(range(len(rows)))
 
@@ -221,8 +222,8 @@ def test_hidden_is_the_heads_input_of_all_rows(name: str) -> None:
     (every,) = engine.forward([Rows(0, prompt)])
     assert last.logits.shape == (1, VOCAB)
     assert every.logits.shape == (len(prompt), VOCAB)
-    assert last.argmax == every.argmax[-1:]
-    assert every.argmax == every.logits.argmax(-1).tolist()
+    assert last.choice == every.choice[-1:]
+    assert every.choice == every.logits.argmax(-1).tolist()
     stock = model(torch.tensor([prompt]), use_cache=False, output_hidden_states=True).hidden_states[-1][0]
     for output in (last, every):
         torch.testing.assert_close(output.hidden, stock, rtol=1e-4, atol=1e-4)
@@ -364,3 +365,25 @@ def test_a_sequence_begins_with_what_another_holds() -> None:
     assert engine.inherit(4) == engine.length(4) == 0
     engine.add(5, 40)
     assert engine.inherit(5) == 0
+
+
+def test_tokens_are_drawn_at_the_places_that_rows_stand_at() -> None:
+    engine, draw = EagerEngine(tiny_model("llama")), Draw(3, 1, temperature=1.4, top_k=30, top_p=0.9, min_p=0.001)
+    engine.add(0, 40)
+    (output,) = engine.forward([Rows(0, [5, 6, 7, 8], last_only=True, draw=draw)])
+    assert output.choice == keyed_sample_reference(output.logits, *draw_tables([draw], [4])).tolist()
+    engine.commit(0, range(4))
+    tree = DraftTree((1, 2, 3, 4), (-1, -1, 0, 2), (1.0,) * 4)
+    (output,) = engine.forward([Rows(0, [9], tree, draw=draw)])
+    expected = keyed_sample_reference(output.logits, *draw_tables([draw] * 5, [5, 6, 6, 7, 8]))
+    assert output.choice == expected.tolist() != output.logits.argmax(-1).tolist()
+
+
+def test_without_a_kernel_tokens_are_drawn_all_the_same_and_the_report_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise LoweringError("no C++ compiler")
+
+    monkeypatch.setattr(eager.cpu_build, "load", fail)
+    engine = EagerEngine(tiny_model("llama"))
+    assert [(r.stage, r.reason, r.detail) for r in engine.refusals] == [("sampling kernel", Reason.NO_KERNEL, "no C++ compiler")]
+    assert engine.verifies == "trees"

@@ -130,7 +130,7 @@ def test_a_prompt_in_chunks_leaves_the_states_of_one_prefill(name: str, chunk: i
     pieces = []
     for start in range(0, 37, chunk):
         pieces.append(engine.forward([Rows(1, prompt[start : start + chunk])])[0])
-        engine.commit(1, range(len(pieces[-1].argmax)))
+        engine.commit(1, range(len(pieces[-1].choice)))
     torch.testing.assert_close(torch.cat([p.logits for p in pieces]), whole.logits, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.cat([p.hidden for p in pieces]), whole.hidden, rtol=1e-3, atol=1e-3)
     for one, other in zip(states(engine._sequences[0].cache), states(engine._sequences[1].cache), strict=True):
@@ -319,7 +319,7 @@ def test_an_interrupted_forward_leaves_the_states_right(name: str) -> None:
             calls.fail = None
             output = engine.forward([rows])[0]
         calls.fail = None
-        return output.argmax
+        return output.choice
 
     out = forward(Rows(0, prompt, last_only=True))
     engine.commit(0, range(len(prompt)))

@@ -16,6 +16,7 @@ from specfx.capture import capture, clone_sharing_storage
 from specfx.engines.base import Rows
 from specfx.engines.paged import PagedEngine, on_references
 from specfx.errors import GateError
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.kernels.tree_attention import tree_attention_, tree_positions
 from specfx.passes.framework import PassContext, calls, copy_module, insert_call, run_passes
 from specfx.passes.pipeline import REWRITE
@@ -149,6 +150,35 @@ def test_a_corrupted_graph_is_refused(case: str) -> None:
     shrunken.recompile()
     engine = PagedEngine("graph", shrunken, on_references(shrunken), "auto", torch.device("cpu"))
     with pytest.raises(GateError, match="logits differ from the stock model's by"):
+        gate.check(engine, stock)
+    assert engine.pool.pages_in_use == 0
+
+
+def zeroed(argument: int) -> Mutation:
+    """An argument of the op that chooses is all zeros."""
+
+    def mutate(module: fx.GraphModule) -> None:
+        (node,) = calls(module, keyed_sample)
+        with module.graph.inserting_before(node):
+            node.update_arg(argument, insert_call(module.graph, aten.zeros_like.default, node.args[argument]))
+
+    return mutate
+
+
+def reversed_choices(module: fx.GraphModule) -> None:
+    (node,) = calls(module, keyed_sample)
+    with module.graph.inserting_after(node):
+        node.replace_all_uses_with(new := insert_call(module.graph, aten.flip.default, node, [0]), lambda user: user is not new)
+
+
+@pytest.mark.parametrize("mutate", [zeroed(1), zeroed(2), reversed_choices], ids=["noise without keys", "no draws", "another row's"])
+def test_a_graph_that_chooses_other_tokens_is_refused(mutate: Mutation) -> None:
+    stock, module = rewritten("llama")
+    shrunken = gate.with_shrunken_windows(module)
+    mutate(shrunken)
+    shrunken.recompile()
+    engine = PagedEngine("graph", shrunken, on_references(shrunken), "auto", torch.device("cpu"))
+    with pytest.raises(GateError, match=r"choices: \[.*\] behind the rows, expected \["):
         gate.check(engine, stock)
     assert engine.pool.pages_in_use == 0
 

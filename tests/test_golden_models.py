@@ -50,6 +50,8 @@ inputs:
   v_pages_0..2: f32[s4, 64, 2, 8]
   tree_mask: i64[s0]
   logit_rows: i64[s5]
+  keys: i64[s5, 3]
+  warp: f64[s5, 4]
 nodes:
   %0: f32[1, s0, 32] = aten.embedding(model.model.embed_tokens.weight f32[128, 32], input_ids)
   %1: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -136,9 +138,8 @@ nodes:
   %22: f32[1, s5, 32] = aten.alias(%21)
   %23: f32[1, s5, 128] = aten.linear(%22, model.lm_head.weight f32[128, 32])
   %24: f32[s5, 128] = aten.select(%23, 0, 0)
-  %25: f32[s5, 128] = aten.to(%24, f32)
-  %26: i64[s5] = aten.argmax(%25, -1)
-return (%23, %20, %26)""",
+  %25: i64[s5] = specfx.keyed_sample(%24, keys, warp)
+return (%23, %20, %25)""",
     )
 
 
@@ -156,6 +157,8 @@ def test_rewrite_of_llama() -> None:
 +  v_pages_0..2: f32[s4, 64, 2, 8]
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
++  keys: i64[s5, 3]
++  warp: f64[s5, 4]
 @ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -183,9 +186,8 @@ def test_rewrite_of_llama() -> None:
 +  %20: f32[1, s5, 32] = aten.alias(%a1)
 +  %21: f32[1, s5, 128] = aten.linear(%20, model.lm_head.weight f32[128, 32])
 +  %a2: f32[s5, 128] = aten.select(%21, 0, 0)
-+  %a3: f32[s5, 128] = aten.to(%a2, f32)
-+  %a4: i64[s5] = aten.argmax(%a3, -1)
-+return (%21, %19, %a4)""",
++  %a3: i64[s5] = specfx.keyed_sample(%a2, keys, warp)
++return (%21, %19, %a3)""",
     )
 
 
@@ -203,6 +205,8 @@ def test_rewrite_of_qwen3() -> None:
 +  v_pages_0..1: f32[s4, 64, 2, 8]
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
++  keys: i64[s5, 3]
++  warp: f64[s5, 4]
 @ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -230,9 +234,8 @@ def test_rewrite_of_qwen3() -> None:
 +  %20: f32[1, s5, 32] = aten.alias(%a1)
 +  %21: f32[1, s5, 128] = aten.linear(%20, model.lm_head.weight f32[128, 32])
 +  %a2: f32[s5, 128] = aten.select(%21, 0, 0)
-+  %a3: f32[s5, 128] = aten.to(%a2, f32)
-+  %a4: i64[s5] = aten.argmax(%a3, -1)
-+return (%21, %19, %a4)""",
++  %a3: i64[s5] = specfx.keyed_sample(%a2, keys, warp)
++return (%21, %19, %a3)""",
     )
 
 
@@ -251,6 +254,8 @@ def test_rewrite_of_gemma3() -> None:
 +  v_pages_0..1: f32[s4, 64, 2, 8]
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
++  keys: i64[s5, 3]
++  warp: f64[s5, 4]
 @ nodes
 -  %3: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -296,9 +301,8 @@ def test_rewrite_of_gemma3() -> None:
 +  %35: f32[1, s5, 32] = aten.alias(%a1)
 +  %36: f32[1, s5, 128] = aten.linear(%35, model.lm_head.weight f32[128, 32])
 +  %a2: f32[s5, 128] = aten.select(%36, 0, 0)
-+  %a3: f32[s5, 128] = aten.to(%a2, f32)
-+  %a4: i64[s5] = aten.argmax(%a3, -1)
-+return (%36, %34, %a4)""",
++  %a3: i64[s5] = specfx.keyed_sample(%a2, keys, warp)
++return (%36, %34, %a3)""",
     )
 
 
@@ -316,6 +320,8 @@ def test_rewrite_of_mistral() -> None:
 +  v_pages_0..1: f32[s4, 64, 2, 8]
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
++  keys: i64[s5, 3]
++  warp: f64[s5, 4]
 @ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -343,9 +349,8 @@ def test_rewrite_of_mistral() -> None:
 +  %20: f32[1, s5, 32] = aten.alias(%a1)
 +  %21: f32[1, s5, 128] = aten.linear(%20, model.lm_head.weight f32[128, 32])
 +  %a2: f32[s5, 128] = aten.select(%21, 0, 0)
-+  %a3: f32[s5, 128] = aten.to(%a2, f32)
-+  %a4: i64[s5] = aten.argmax(%a3, -1)
-+return (%21, %19, %a4)""",
++  %a3: i64[s5] = specfx.keyed_sample(%a2, keys, warp)
++return (%21, %19, %a3)""",
     )
 
 
@@ -364,6 +369,8 @@ def test_rewrite_of_gpt_oss() -> None:
 +  v_pages_0..1: f32[s4, 64, 2, 8]
 +  tree_mask: i64[s0]
 +  logit_rows: i64[s5]
++  keys: i64[s5, 3]
++  warp: f64[s5, 4]
 @ nodes
 -  %1: i64[1, s0, 1] = aten.unsqueeze(position_ids, 2)
 +  %a0: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
@@ -406,9 +413,8 @@ def test_rewrite_of_gpt_oss() -> None:
 +  %19: f32[1, s5, 32] = aten.alias(%a1)
 +  %20: f32[1, s5, 128] = aten.linear(%19, model.lm_head.weight f32[128, 32])
 +  %a2: f32[s5, 128] = aten.select(%20, 0, 0)
-+  %a3: f32[s5, 128] = aten.to(%a2, f32)
-+  %a4: i64[s5] = aten.argmax(%a3, -1)
-+return (%20, %18, %a4)""",
++  %a3: i64[s5] = specfx.keyed_sample(%a2, keys, warp)
++return (%20, %18, %a3)""",
     )
 
 

@@ -302,7 +302,8 @@ def opcheck_cases() -> dict[torch._ops.OpOverload, list[tuple[object, ...]]]:
         cases[tree_parents].append((words, starts, ids))
     weight, x = pack(torch.randn(70, 64).bfloat16()), torch.randn(2, 3, 64).bfloat16()
     cases[packed_linear] = [(x, weight, None, 70), (x, weight, torch.randn(70).bfloat16(), 70)]
-    cases[keyed_sample] = [(torch.randn(3, 10), torch.arange(9).view(3, 3))]
+    warp = torch.tensor([[0.0, 0, 1, 0], [1, 0, 1, 0], [0.7, 5, 0.9, 0.1]], dtype=torch.float64)
+    cases[keyed_sample] = [(torch.randn(3, 10, dtype=dtype), torch.arange(9).view(3, 3), warp) for dtype in (torch.float32, torch.bfloat16)]
     cases[materialize] = [(x,), (x.transpose(0, 1),)]
     return cases
 

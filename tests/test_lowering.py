@@ -233,7 +233,7 @@ def assert_engines_agree(ours: PagedEngine, theirs: PagedEngine, batch: list[Row
             error = ((x - y).float().norm(dim=-1) / y.float().norm(dim=-1)).max()
             assert error < tolerance
         if tolerance < 1e-3:
-            assert a.argmax == b.argmax == a.logits.argmax(-1).tolist()
+            assert a.choice == b.choice == a.logits.argmax(-1).tolist()
 
 
 def tree(rng: random.Random, nodes: int) -> DraftTree:

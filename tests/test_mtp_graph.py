@@ -12,6 +12,7 @@ import itertools
 import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from test_passes import refused
 from tiny import VOCAB, tiny_model
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 import specfx
 from specfx.api import engine_of
@@ -122,8 +123,8 @@ def test_a_chain_of_two_steps_is_stitched_behind_llama() -> None:
 @ inputs
 +  next_ids: i64[s0]
 +  %a0: i64[s5] = aten.index_select(next_ids, 0, logit_rows)
--return (%23, %20, %26)
-+  %a2: i64[s5] = aten.where(%a1, %26, %a0)
+-return (%23, %20, %25)
++  %a2: i64[s5] = aten.where(%a1, %25, %a0)
 +  %a3: i64[s0] = aten.index_copy(next_ids, 0, logit_rows, %a2)
 +  %a5: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %a6: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 16)
@@ -147,7 +148,7 @@ def test_a_chain_of_two_steps_is_stitched_behind_llama() -> None:
 +  %a222: i64[s1, 2] = aten.cat([%a101, %a217], 1)
 +  %a223: i64[s1, 2] = aten.cat([%a117, %a221], 1)
 +  %a224: f32[s1, 2] = aten.cat([%a115, %a218], 1)
-+return (%23, %20, %26, %a222, %a223, %a224)""",
++return (%23, %20, %25, %a222, %a223, %a224)""",
     )
 
 
@@ -167,7 +168,7 @@ def test_a_second_layer_is_fed_what_the_first_made_of_the_row_above() -> None:
 @ inputs
 +  tails: f32[s1, 1, 32]
 +  %a0: i64[s5] = aten.index_select(next_ids, 0, logit_rows)
--return (%23, %20, %26)
+-return (%23, %20, %25)
 +  %a5: i64[1, s0] = specfx.tree_positions(tree_mask, lengths, row_starts, input_ids)
 +  %a7: (i64[s1], i32[s1], i64[2, s0]) = specfx.greedy_walk(input_ids, %a3, tree_mask, page_table, lengths, row_starts, 4)
 +  %a28: f32[1, s0, 32] = aten.linear(%a27, mtp_head_eh_proj_weight f32[32, 64])
@@ -185,7 +186,7 @@ def test_a_second_layer_is_fed_what_the_first_made_of_the_row_above() -> None:
 +  %a150: i64[s1, 2] = aten.cat([%a130, %a148], 1)
 +  %a151: f32[s1, 2] = aten.cat([%a128, %a145], 1)
 +  %a152: f32[s1, 1, 32] = aten.cat([%a97], 1)
-+return (%23, %20, %26, %a149, %a150, %a151, %a152)""",
++return (%23, %20, %25, %a149, %a150, %a151, %a152)""",
     )
 
 
@@ -295,8 +296,8 @@ def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShap
             engine.commit(seq, range(rows.count))
             assert output.hidden is not None
             hidden.append(output.hidden.clone())
-        assert output.argmax == truth[seq][len(prompt) : len(prompt) + 1]
-        reference.accept(seq, output.argmax, torch.cat(hidden))
+        assert output.choice == truth[seq][len(prompt) : len(prompt) + 1]
+        reference.accept(seq, output.choice, torch.cat(hidden))
         compare(seq, output)
     for step in range(steps):
         batch = []
@@ -309,8 +310,8 @@ def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShap
         for rows, output in zip(batch, engine.forward(batch), strict=True):
             assert rows.tree is not None
             assert output.hidden is not None
-            seq, walked = rows.seq, rows.tree.walk(output.argmax)
-            tokens = [output.argmax[row] for row in walked]
+            seq, walked = rows.seq, rows.tree.walk(output.choice)
+            tokens = [output.choice[row] for row in walked]
             assert tokens == truth[seq][done[seq] + 1 :][: len(tokens)]
             engine.commit(seq, walked)
             done[seq] += len(tokens)
@@ -459,6 +460,27 @@ def test_generate_is_stocks_while_the_graph_drafts(
         assert specfx.explain(model).pages_in_use == 0
         assert torch.equal(model.generate(**batch, **settings), expected)
         assert specfx.explain(model).pages_in_use == 0
+
+
+def test_a_sampled_step_is_one_call_of_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: cpu_build.CpuKernels) -> None:
+    """With transformers' standard warpers nothing is asked of the host, and the head's drafts hang on what was drawn."""
+    model, batch = counting("llama"), padded_batch()
+    settings: dict[str, Any] = {"max_new_tokens": 40, "do_sample": True, "temperature": 0.5, "top_k": 20, "top_p": 0.9, "min_p": 0.01}
+    settings |= {"pad_token_id": 0}
+    texts: dict[Any, Tensor] = {}
+    for method, options in ((None, {}), ("mtp", {"head": save_head(counting_head(model), tmp_path), "min_token_prob": 0})):
+        with specfx.speculating(model, method, engine="graph", compile="off", **options), monkeypatch.context() as patch:
+            engine, count, call = engine_of(model), Counter[str](), engine_of(model).call
+            patch.setattr(MtpDrafter, "_tree", lambda self, state, count=count: count.update(["drafts of the host"]))
+            patch.setattr(LogitsProcessorList, "__call__", lambda self, ids, scores, count=count: count.update(["processors"]))
+            patch.setattr(engine, "call", lambda *inputs, call=call, count=count: count.update(["graph"]) or call(*inputs))
+            torch.manual_seed(3)
+            texts[method] = model.generate(**batch, **settings)
+            last = specfx.stats(model).last
+            assert count == {"graph": last.forwards + last.prefills}
+    assert torch.equal(texts[None], texts["mtp"])
+    assert last.tokens_per_forward > 1.1
+    assert not torch.equal(texts[None], model.generate(**batch, **settings | {"do_sample": False}))
 
 
 @pytest.mark.parametrize(("switched_off", "reason"), [("mtp_head", Reason.SWITCHED_OFF), ("epilogue", Reason.DRAFTING_APART)])

@@ -113,6 +113,10 @@ def test_sampled_scores_are_those_that_were_drawn_from(wrap: Any) -> None:
     got = model.generate(
         prompt_of(batch=2), max_new_tokens=12, do_sample=True, top_k=3, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
+    torch.manual_seed(5)
+    assert torch.equal(model.generate(prompt_of(batch=2), max_new_tokens=12, do_sample=True, top_k=3), got.sequences), (
+        "asking changes nothing"
+    )
     tokens = got.sequences[:, 20:]
     for step, (scores, logits) in enumerate(zip(got.scores, got.logits, strict=True)):
         assert (scores.isfinite().sum(-1) == 3).all()

@@ -81,7 +81,7 @@ class Mirror:
             expected = self.stock(self.committed[rows.seq], tokens, parents)[list(read)]
             error = gate.row_error(output.logits, expected)
             assert error.max() < TOLERANCE, f"sequence {rows.seq}: {error}"
-            assert output.argmax == output.logits.argmax(-1).tolist()
+            assert output.choice == output.logits.argmax(-1).tolist()
             assert output.hidden is not None
             assert len(output.hidden) == len(tokens)
 

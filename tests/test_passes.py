@@ -18,6 +18,7 @@ from torch.nn.functional import dropout, scaled_dot_product_attention
 
 from specfx.errors import Reason
 from specfx.kernels.attention import attention
+from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_sample_reference
 from specfx.kernels.packed_linear import unpack
 from specfx.passes.canonicalize_attention import canonicalize_attention
 from specfx.passes.epilogue import epilogue
@@ -430,6 +431,8 @@ def test_logits_are_computed_for_the_rows_that_are_read() -> None:
         """\
 @ inputs
 +  logit_rows: i64[s1]
++  keys: i64[s1, 3]
++  warp: f64[s1, 4]
 @ nodes
 -  %1: f32[1, s0, 16] = aten.linear(%0, linear.weight f32[16, 8], linear.bias f32[16])
 -  %2: f32[1, s0, 16] = aten.div(%1, 30)
@@ -442,9 +445,8 @@ def test_logits_are_computed_for_the_rows_that_are_read() -> None:
 +  %3: f32[1, s1, 16] = aten.tanh(%2)
 +  %4: f32[1, s1, 16] = aten.mul(%3, 30)
 +  %a1: f32[s1, 16] = aten.select(%4, 0, 0)
-+  %a2: f32[s1, 16] = aten.to(%a1, f32)
-+  %a3: i64[s1] = aten.argmax(%a2, -1)
-+return (%4, %0, %a3)""",
++  %a2: i64[s1] = specfx.keyed_sample(%a1, keys, warp)
++return (%4, %0, %a2)""",
     )
 
 
@@ -452,10 +454,12 @@ def test_the_selected_rows_are_those_of_the_whole() -> None:
     graph = trace(Head(lambda linear, hidden, ids: 30 * torch.tanh(linear(hidden) / 30)))
     ids, rows = torch.arange(9)[None], torch.tensor([8, 2])
     logits, hidden = graph(ids, ids)
-    some, all_hidden, argmax = after(graph, epilogue)(ids, ids, rows)
+    keys, warp = draw_tables([None, Draw(1, 2, temperature=1.5, top_k=9)], [0, 4])
+    some, all_hidden, choice = after(graph, epilogue)(ids, ids, rows, keys, warp)
     torch.testing.assert_close(some, logits[:, rows])
     torch.testing.assert_close(all_hidden, hidden)
-    assert argmax.tolist() == logits[0, rows].argmax(-1).tolist()
+    assert torch.equal(choice, keyed_sample_reference(logits[0, rows], keys, warp))
+    assert choice[0] == logits[0, 8].argmax()
 
 
 REFUSED_HEADS: dict[str, tuple[Callable[[nn.Linear, Tensor, Tensor], Tensor], str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import warnings
@@ -13,9 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_kernels import mask_words
 from tiny import tiny_model
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 import specfx
 from specfx.drafters.mtp_files import save_draft_vocab
@@ -23,10 +35,10 @@ from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.errors import LoweringError
 from specfx.kernels import cpu_build
 from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference
-from specfx.kernels.keyed_sample import keyed_gumbel, keyed_sample, keyed_sample_reference, philox
+from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_gumbel, keyed_sample, keyed_sample_reference, philox, warped
 from specfx.kernels.tree_attention import tree_positions, tree_positions_reference
 from specfx.runtime.choice import SequenceState, choose
-from specfx.runtime.rowwise import is_pointwise
+from specfx.runtime.rowwise import is_pointwise, standard_warp
 
 VOCAB = 128
 LEAST = 1e-3
@@ -51,6 +63,34 @@ def random_keys(rows: int, generator: torch.Generator) -> torch.Tensor:
     return keys
 
 
+def plain(rows: int) -> torch.Tensor:
+    """Warps that change nothing."""
+    return torch.tensor([Draw(0, 0)[2:]] * rows, dtype=torch.float64)
+
+
+def strange_logits(rows: int, vocabulary: int, kind: int, generator: torch.Generator) -> torch.Tensor:
+    """Flat, peaked, narrow or full of ties; a fifth is -inf, of one row all."""
+    logits = torch.randn(rows, vocabulary, generator=generator) * (1, 4, 10, 0.01, 1)[kind]
+    if kind == 4:
+        logits = torch.randint(-3, 3, (rows, vocabulary), generator=generator).float()
+    logits[torch.rand(rows, vocabulary, generator=generator) < 0.2] = float("-inf")
+    logits[3] = float("-inf")
+    return logits
+
+
+SETTINGS_OF_WARPS = (
+    (0, 1, 0.7, 1.3, 1e-3, 1e-30, 1e-40, 1e-50, 100, 1e30),
+    (0, 0, 1, 2, 5, 50, 1000, 10**6),
+    (1, 1, 0, 0.1, 0.5, 0.9, 0.95, 0.999),
+    (0, 0, 0.01, 0.05, 0.5, 1),
+)
+
+
+def random_warps(rows: int, generator: torch.Generator) -> torch.Tensor:
+    columns = [torch.tensor(x, dtype=torch.float64)[torch.randint(len(x), (rows,), generator=generator)] for x in SETTINGS_OF_WARPS]
+    return torch.stack(columns, 1)
+
+
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
     """The probability that counts of these `probs` lie as far off as `counts`, by the chi-square of the cells that expect more than 5."""
     expected = probs * counts.sum()
@@ -73,16 +113,115 @@ def test_the_kernel_draws_what_the_reference_draws(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(vocabulary)
     logits, keys = 4 * torch.randn(24, vocabulary, generator=generator), random_keys(24, generator)
     logits[:12, 1::3] = float("-inf")
-    drawn = keyed_sample(logits, keys)
-    assert torch.equal(drawn, keyed_sample_reference(logits, keys))
+    drawn = keyed_sample(logits, keys, plain(24))
+    assert torch.equal(drawn, keyed_sample_reference(logits, keys, plain(24)))
     assert not (drawn[:12] % 3 == 1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", range(5))
+def test_the_kernel_warps_as_the_reference_warps(kind: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(kind)
+    for vocabulary in (1, 7, 64, 65, 400, 1023, 3000, 33_000):
+        logits = strange_logits(32, vocabulary, kind, generator).to(dtype)
+        keys, warp = random_keys(32, generator), random_warps(32, generator)
+        assert torch.equal(keyed_sample(logits, keys, warp), keyed_sample_reference(logits, keys, warp))
+        strided = (x.t().contiguous().t() for x in (logits, keys, warp))
+        assert torch.equal(keyed_sample(*strided), keyed_sample_reference(logits, keys, warp))
+
+
+draws = st.tuples(
+    st.sampled_from([0.0, 0.3, 1.0, 2.0]), st.integers(0, 12), st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]), st.sampled_from([0, 0.1, 0.5])
+)
+rows_of_logits = st.lists(st.sampled_from([-math.inf, -8.0, -1.0, 0.0, 0.5, 1.0, 1.5, 2.0]), min_size=9, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(draws, rows_of_logits, st.integers(0, 2**62)), min_size=1, max_size=6))
+def test_whatever_the_logits_and_settings_the_kernel_draws_what_the_reference_draws(rows: list[Any]) -> None:
+    warp, logits = torch.tensor([row[0] for row in rows], dtype=torch.float64), torch.tensor([row[1] for row in rows])
+    keys = torch.tensor([[row[2], 3, i] for i, row in enumerate(rows)])
+    drawn = keyed_sample(logits, keys, warp)
+    assert torch.equal(drawn, keyed_sample_reference(logits, keys, warp))
+    greedy = warp[:, 0] == 0
+    assert torch.equal(drawn[greedy], logits[greedy].argmax(-1))
+
+
+def test_greedy_rows_take_the_first_of_equals_and_strange_numbers_as_argmax_does() -> None:
+    logits = torch.zeros(4, 40_000)
+    logits[1, [39_999, 20_000, 5]] = 1.0
+    logits[2, [7, 30_000]] = torch.tensor([math.inf, math.nan])
+    logits[3] = -math.inf
+    for dtype in (torch.float32, torch.bfloat16):
+        chosen = keyed_sample(logits.to(dtype), torch.zeros(4, 3, dtype=torch.int64), torch.zeros(4, 4, dtype=torch.float64))
+        assert chosen.tolist() == [0, 5, 30_000, 0] == logits.argmax(-1).tolist()
+    drawn = keyed_sample(logits, random_keys(4, torch.Generator().manual_seed(0)), torch.tensor([[1, 9, 0.5, 0.1]] * 4).double())
+    assert drawn[2] == 30_000, "no crash where stock raises"
+
+
+def stock_warpers(draw: Draw) -> LogitsProcessorList:
+    """As `_get_logits_processor` makes and orders them."""
+    config = GenerationConfig(do_sample=True, temperature=draw.temperature, top_k=draw.top_k, top_p=draw.top_p, min_p=draw.min_p or None)
+    return tiny_model("llama")._get_logits_processor(config, input_ids_seq_length=3)
+
+
+WARPS = (
+    Draw(7, 1, temperature=0.7),
+    Draw(7, 1, top_k=5),
+    Draw(7, 1, top_p=0.9),
+    Draw(7, 1, min_p=0.1),
+    Draw(7, 1, temperature=1.9, top_k=30, top_p=0.6),
+    Draw(7, 1, temperature=0.4, top_p=0.95, min_p=0.02),
+    Draw(7, 1, temperature=1.2, top_k=40, top_p=0.8, min_p=0.05),
+    Draw(7, 1, top_p=0.0),
+    Draw(7, 1, top_k=1000),
+)
+
+
+@pytest.mark.parametrize("draw", WARPS, ids=str)
+def test_warps_are_those_of_transformers(draw: Draw) -> None:
+    """The same entries with the same scores, but where a sum of probabilities is as close to top-p as float32 rounds. (Which of equals
+    go is open in transformers: its sort is not stable.)"""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(400, 200, generator=generator)
+    logits[:100, ::3] = -math.inf
+    logits[100:200] = logits[100:200].round()  # ties
+    _, warp = draw_tables([draw] * 400, [3] * 400)
+    expected, actual = stock_warpers(draw)(torch.zeros(400, 3), logits.clone()), warped(logits, warp)
+    untied = torch.arange(400) // 100 != 1
+    differ = ((expected != actual).any(1) & untied) | (expected.sort(1).values != actual.sort(1).values).any(1)
+    assert differ.sum() <= 2
+    assert torch.equal((expected.isinf().sum(1) - actual.isinf().sum(1))[differ].abs(), torch.ones(int(differ.sum()), dtype=torch.long))
+
+
+def test_the_graph_draws_what_it_knows_and_nothing_else() -> None:
+    for draw in WARPS:
+        found = standard_warp(stock_warpers(draw))
+        assert found is not None
+        assert Draw(7, 1, **found) == draw
+    assert standard_warp(LogitsProcessorList()) == {}
+    temperature, top_k = TemperatureLogitsWarper(0.5), TopKLogitsWarper(3)
+
+    class Own(TemperatureLogitsWarper):
+        pass
+
+    for others in (
+        [top_k, temperature],  # another order
+        [temperature, temperature],
+        [temperature, Recorder()],
+        [Own(0.5)],
+        [TopKLogitsWarper(3, filter_value=-100.0)],
+        [TopPLogitsWarper(0.5, min_tokens_to_keep=2)],
+        [MinPLogitsWarper(0.5, min_tokens_to_keep=2)],
+    ):
+        assert standard_warp(LogitsProcessorList(others)) is None
 
 
 def test_a_row_depends_on_its_own_key_alone() -> None:
     generator = torch.Generator().manual_seed(1)
     logits, keys = torch.randn(8, 50, generator=generator), random_keys(8, generator)
-    alone = torch.cat([keyed_sample(logits[i : i + 1], keys[i : i + 1]) for i in range(8)])
-    assert torch.equal(keyed_sample(logits, keys), alone)
+    alone = torch.cat([keyed_sample(logits[i : i + 1], keys[i : i + 1], plain(1)) for i in range(8)])
+    assert torch.equal(keyed_sample(logits, keys, plain(8)), alone)
     noise = keyed_gumbel(keys[:1], 50)
     for column in range(3):
         other = keys[:1].clone()
@@ -97,7 +236,7 @@ def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: in
     logits = 2 * torch.randn(20, generator=generator)
     keys = torch.tensor([[5, 6, 7]]).repeat(n, 1)
     keys[:, varied] = torch.arange(n)
-    counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys), minlength=20)
+    counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys, plain(n)), minlength=20)
     assert chi_square(counts, logits.softmax(0)) > LEAST
     wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
     assert chi_square(counts, wrong) < LEAST  # the measure would see a difference of a tenth
@@ -116,8 +255,8 @@ def assert_the_sampled_walk_is_sampling_token_by_token(
 ) -> int:
     """Three sequences with random trees, in which about every second choice is drafted. Returns the length of all walks."""
     rng = random.Random(seed)
-    draw = lambda prefix, s: int(keyed_sample_reference(scores_behind(prefix)[None], torch.tensor([[seed, s, len(prefix)]])))  # noqa: E731
-    tokens, rows, words, keys, prefixes, plain = [], [], [], [], [], []
+    draw = lambda prefix, s: int(keyed_sample_reference(scores_behind(prefix)[None], torch.tensor([[seed, s, len(prefix)]]), plain(1)))  # noqa: E731
+    tokens, rows, words, keys, prefixes, committed = [], [], [], [], [], []
     lengths = [rng.randrange(5) for _ in range(3)]
     for s, length in enumerate(lengths):
         parents = [-1, *(rng.randrange(max(0, row - 3), row) for row in range(1, 12))]
@@ -132,19 +271,20 @@ def assert_the_sampled_walk_is_sampling_token_by_token(
         text = own[0]
         while (*text, draw(text, s)) in children:
             text = (*text, draw(text, s))
-        plain.append(len(text) - len(own[0]) + 1)
+        committed.append(len(text) - len(own[0]) + 1)
         tokens += [prefix[-1] for prefix in own]
         words += mask_words(parents)
         rows.append(len(parents))
         keys += [[seed, s]] * len(parents)
         prefixes += own
     starts, table = torch.tensor([0, *itertools.accumulate(rows)]).int(), torch.arange(3 * 8).view(3, 8).int()
-    ids, mask, committed = torch.tensor([tokens]), torch.tensor(words), torch.tensor(lengths).int()
-    places = positions(mask, committed, starts, ids)[0] + 1
-    chosen = sample(torch.stack([scores_behind(prefix) for prefix in prefixes]), torch.cat([torch.tensor(keys), places[:, None]], 1))
-    _, after, _ = walk(ids, chosen, mask, table, committed, starts, 4)
-    assert (after - committed).tolist() == plain
-    return sum(plain)
+    ids, mask, before = torch.tensor([tokens]), torch.tensor(words), torch.tensor(lengths).int()
+    places = positions(mask, before, starts, ids)[0] + 1
+    scores = torch.stack([scores_behind(prefix) for prefix in prefixes])
+    chosen = sample(scores, torch.cat([torch.tensor(keys), places[:, None]], 1), plain(len(prefixes)))
+    _, after, _ = walk(ids, chosen, mask, table, before, starts, 4)
+    assert (after - before).tolist() == committed
+    return sum(committed)
 
 
 @pytest.mark.parametrize("reference", [True, False], ids=["references", "kernels"])
@@ -333,6 +473,43 @@ def shares(model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any]) 
     return model._get_logits_processor(config, input_ids_seq_length=ids.shape[1])(ids, logits).softmax(-1)
 
 
+WARPED: tuple[dict[str, Any], ...] = ({"temperature": 0.8, "top_k": 5}, {"temperature": 1.5, "top_k": 9, "top_p": 0.6, "min_p": 0.05})
+
+
+@pytest.mark.parametrize("method", [None, "suffix", "mtp"])
+def test_texts_drawn_in_the_graph_have_the_distribution_of_the_model(
+    method: str | None, small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """3,000 continuations of three tokens for each method and setting, 1,000 of mtp (20,000 with ``SPECFX_LONG=1``)."""
+    n = 20_000 if LONG else 1_000 if method == "mtp" else 3_000
+    options = {"head": save_head(MtpHead.from_target(small), tmp_path), "min_token_prob": 0} if method == "mtp" else {}
+    monkeypatch.setattr("specfx.drafters.mtp._TOO_FEW", 0)
+    ids = torch.tensor([[1, 2, 3, 1, 2]])
+    with specfx.speculating(small, method, engine="graph", compile="off", page_size=8, **options):
+        for seed, settings in enumerate(WARPED):
+            exact, other = (three_shares(small, ids, settings | {"temperature": t * settings["temperature"]}) for t in (1, 2))
+            torch.manual_seed(seed)
+            call = {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": n // 4, "pad_token_id": 0} | settings
+            outputs = [small.generate(ids, **call) for _ in range(4)]
+            assert method is None or sum(specfx.stats(small).last.accepted) > 0
+            numbers = (torch.cat(outputs)[:, 5:] * torch.tensor([SMALL**2, SMALL, 1])).sum(1)
+            counts = torch.bincount(numbers, minlength=SMALL**3)
+            assert not counts[exact == 0].any()
+            assert chi_square(counts, exact) > LEAST
+            assert chi_square(counts, other) < LEAST, "a higher temperature would be seen"
+
+
+@torch.no_grad()
+def three_shares(model: PreTrainedModel, ids: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
+    """The distribution of the next three tokens, by transformers' warpers, ``[SMALL ** 3]``."""
+    warpers = stock_warpers(Draw(0, 0, **settings))
+    exact = torch.ones(1)
+    for _ in range(3):
+        exact = (exact[:, None] * warpers(ids, model(ids).logits[:, -1].float()).softmax(-1)).flatten()
+        ids = torch.cat([ids.repeat_interleave(SMALL, 0), torch.arange(SMALL).repeat(len(ids))[:, None]], 1)
+    return exact
+
+
 # --- all sequences of a step together --------------------------------------------------------------------------------------------
 
 
@@ -346,7 +523,7 @@ def test_what_looks_at_scores_alone_gives_each_row_what_it_gives_it_alone(name: 
     assert is_pointwise(processor)
     assert not is_pointwise(LogitsProcessorList([*processor, Recorder()]))
     sequences = [
-        SequenceState(i, list(range(3 + i)), [], 9, lambda t: False, processor, torch.device("cpu"), (7, i), pointwise=True)
+        SequenceState(i, list(range(3 + i)), [], 9, lambda t: False, processor, torch.device("cpu"), Draw(7, i), pointwise=True)
         for i in range(24)
     ]
     logits = list(3 * torch.randn(24, 4096, generator=generator))
@@ -356,7 +533,7 @@ def test_what_looks_at_scores_alone_gives_each_row_what_it_gives_it_alone(name: 
         sequence.pointwise = False
     assert choose(sequences, logits) == alone
     for i, sequence in enumerate(sequences):  # and beside others of another kind
-        sequence.pointwise, sequence.key = i % 2 == 0, (7, i) if i % 3 else None
+        sequence.pointwise, sequence.draw = i % 2 == 0, Draw(7, i) if i % 3 else None
     assert [t for i, t in enumerate(choose(sequences, logits)) if i % 3] == [t for i, t in enumerate(alone) if i % 3]
 
 
@@ -370,7 +547,9 @@ def test_standard_processors_run_once_for_all_sequences_of_a_step(model: PreTrai
 
     monkeypatch.setattr(LogitsProcessorList, "__call__", counting)
     with specfx.speculating(model, None, engine="graph", compile="off"):
-        sampled(model, prompts(4), new=5, temperature=0.7)
+        sampled(model, prompts(4), new=5, temperature=0.7, top_p=0.9, min_p=0.01)
+        assert not shapes, "the graph warps"
+        sampled(model, prompts(4), new=5, temperature=0.7, typical_p=0.9)
         assert shapes == [1] * 4 + [4] * 4
         shapes.clear()
         sampled(model, prompts(4), new=5, repetition_penalty=1.3)

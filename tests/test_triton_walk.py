@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_mtp_tree import Walk, make_walk, walks
-from test_sampling import assert_the_sampled_walk_is_sampling_token_by_token, random_keys
+from test_sampling import assert_the_sampled_walk_is_sampling_token_by_token, plain, random_keys, random_warps, strange_logits
 from torch import Tensor
 from triton_tools import Launch, Launches, assert_compiles, compile_launch, compiled, interpreted, no_interpreter, run_interpreted
 
@@ -19,7 +19,7 @@ from specfx.kernels.greedy_walk import greedy_walk_reference
 from specfx.kernels.keyed_sample import keyed_sample_reference, philox
 from specfx.kernels.tree_attention import tree_parents_reference, tree_positions_reference
 from specfx.kernels.triton_common import jit, tl
-from specfx.kernels.triton_sample import PART, keyed_sample_triton
+from specfx.kernels.triton_sample import CUT_BLOCK, PART, keyed_sample_triton
 from specfx.kernels.triton_walk import greedy_walk_triton, tree_parents_triton, tree_positions_triton
 
 
@@ -95,11 +95,23 @@ def test_the_kernel_draws_what_the_reference_draws(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(vocabulary)
     logits, keys = 4 * torch.randn(6, vocabulary, generator=generator), random_keys(6, generator)
     logits[:3, 1::3] = float("-inf")
-    expected = keyed_sample_reference(logits, keys)
-    assert torch.equal(keyed_sample_triton(logits, keys), expected)
-    strided = logits.t().contiguous().t(), keys.t().contiguous().t()
-    assert torch.equal(keyed_sample_triton(*strided), expected)
-    assert keyed_sample_triton(logits[:0], keys[:0]).shape == (0,)
+    warp = plain(6)
+    warp[2, 0] = 0.0
+    expected = keyed_sample_reference(logits, keys, warp)
+    assert torch.equal(keyed_sample_triton(logits, keys, warp), expected)
+    assert torch.equal(keyed_sample_triton(*(x.t().contiguous().t() for x in (logits, keys, warp))), expected)
+    assert keyed_sample_triton(logits[:0], keys[:0], warp[:0]).shape == (0,)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_warps_as_the_reference_warps(kind: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(kind)
+    logits = strange_logits(12, [37, CUT_BLOCK + 1, 300, 5, 700][kind], kind, generator).to(dtype)
+    keys, warp = random_keys(12, generator), random_warps(12, generator)
+    assert torch.equal(keyed_sample_triton(logits, keys, warp), keyed_sample_reference(logits, keys, warp))
 
 
 @jit
@@ -135,15 +147,17 @@ def test_what_would_be_misread_is_refused() -> None:
     walk[4] = walk[4].long()
     with pytest.raises(LoweringError, match=r"lengths of torch.int64|on cpu"):
         greedy_walk_triton(*walk)
-    with pytest.raises(LoweringError, match=r"float32 \[R, V\]|on cpu"):
-        keyed_sample_triton(torch.zeros(2, 5).half(), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(LoweringError, match=r"warp float64 \[R, 4\]|on cpu"):
+        keyed_sample_triton(torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.int64), plain(2).float())
+    with pytest.raises(LoweringError, match=r"2 rows of logits, .*warp \(3, 4\)|on cpu"):
+        keyed_sample_triton(torch.zeros(2, 5), torch.zeros(2, 3, dtype=torch.int64), plain(3))
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
     """Runs the launchers on tensors without data (reading one would raise), and returns what they launch."""
     noted: list[Launch] = []
-    names = {triton_walk: ("_walk", "_positions", "_parents"), triton_sample: ("_draw", "_best")}
+    names = {triton_walk: ("_walk", "_positions", "_parents"), triton_sample: ("_cut", "_draw", "_best")}
     for module, name in ((module, name) for module, own in names.items() for name in own):
         monkeypatch.setattr(module, name, Launches(getattr(module, name), noted))
         monkeypatch.setattr(module, "require", lambda kernel, on: None)
@@ -155,7 +169,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
         greedy_walk_triton(longs(1, 48), longs(48), words, ints(3, 20), ints(3), ints(4), page_size)
         tree_positions_triton(words, ints(3), ints(4), longs(1, 48))
         tree_parents_triton(words, ints(4), longs(1, 48))
-        keyed_sample_triton(torch.empty(48, 49152, device="meta"), longs(48, 3))
+        keyed_sample_triton(torch.empty(48, 49152, device="meta"), longs(48, 3), torch.empty(48, 4, dtype=torch.float64, device="meta"))
         return noted
 
     return run
@@ -165,7 +179,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Launch]]:
 @pytest.mark.parametrize(("capability", "mask", "page_size"), [(80, True, 64), (90, True, 48), (90, False, 64)])
 def test_the_kernels_compile_and_do_not_spill(capability: int, mask: bool, page_size: int, launches: Callable[..., list[Launch]]) -> None:
     launched = launches(mask, page_size)
-    assert [kernel.__name__ for kernel, _ in launched] == ["_walk", "_positions", "_parents", "_draw", "_best"]
+    assert [kernel.__name__ for kernel, _ in launched] == ["_walk", "_positions", "_parents", "_cut", "_draw", "_best"]
     assert_compiles(launched, capability)
 
 

@@ -43,6 +43,7 @@ def run_interpreted(file: str, least: int) -> None:
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a program may take, by capability."""
 TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+TYPES[torch.float64] = "*fp64"
 
 Launch = tuple[Any, dict[str, Any]]
 """A kernel and the arguments that it is launched with."""

@@ -26,7 +26,7 @@ from specfx.engines.paged import graph_engine
 from specfx.errors import Refusal
 from specfx.kernels import cpu_build, inductor_attention, triton_kernels
 from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference
-from specfx.kernels.keyed_sample import keyed_gumbel, keyed_sample, keyed_sample_reference
+from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_gumbel, keyed_sample, keyed_sample_reference, warped
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference, tree_positions, tree_positions_reference
 from specfx.options import CommonOptions
 from specfx.runtime.tree import DraftTree
@@ -132,15 +132,19 @@ def walks(settings: Settings, device: torch.device) -> Iterator[Row]:
 
 
 def samples(settings: Settings, device: torch.device) -> Iterator[Row]:
-    """`keyed_sample`: the same tokens, but where two scores are equal within the rounding of two logarithms."""
+    """`keyed_sample`: the same tokens, but where two scores are equal within the rounding of two logarithms. Rows are greedy, drawn from
+    all, and warped, in turn."""
+    draws = [None, Draw(0, 0), Draw(0, 0, top_k=50), Draw(0, 0, 1.5, top_p=0.9), Draw(0, 0, min_p=0.02), Draw(0, 0, 0.8, 40, 0.95, 0.01)]
     for vocabulary, rows in itertools.product((6, 1000, 49152, 128256), (1, 16) if settings.quick else (1, 16, 200)):
         generator = torch.Generator().manual_seed(vocabulary + rows)
         logits = (torch.randn(rows, vocabulary, generator=generator) * 3).to(device)
         logits[:, vocabulary // 2] = float("-inf")
         keys = torch.randint(1 << 31, (rows, 3), generator=generator).to(device)
         keys[:, 0] += 1 << 61
-        actual, expected = keyed_sample(logits, keys), keyed_sample_reference(logits, keys)
-        scores = logits + keyed_gumbel(keys, vocabulary)
+        warp = draw_tables([draws[row % len(draws)] for row in range(rows)], [0] * rows)[1].to(device)
+        actual, expected = keyed_sample(logits, keys, warp), keyed_sample_reference(logits, keys, warp)
+        greedy = warp[:, :1] == 0
+        scores = warped(logits, torch.where(greedy, warp.new_tensor([1, 0, 1, 0]), warp)) + keyed_gumbel(keys, vocabulary) * ~greedy
         gap = scores.gather(1, expected[:, None]) - scores.gather(1, actual[:, None])
         different = int((actual != expected).sum())
         yield Row(f"keyed_sample, {rows} rows of {vocabulary}", gap.max().item() < 1e-4, {"near ties": different, "gap": gap.max().item()})
@@ -196,10 +200,10 @@ def replays(settings: Settings) -> Iterator[Row]:
     batch = [Rows(seq, [pick.randrange(random_models.TINY_VOCABULARY) for _ in range(3 + 70 * seq)]) for seq in seqs]
     for step in range(10 if settings.quick else 40):
         worst, same = 0.0, True
-        got = [(x.argmax, x.logits.clone()) for x in ours.forward(batch)]
-        for (argmax, logits), expected in zip(got, theirs.forward(batch), strict=True):
+        got = [(x.choice, x.logits.clone()) for x in ours.forward(batch)]
+        for (choice, logits), expected in zip(got, theirs.forward(batch), strict=True):
             worst = max(worst, (logits - expected.logits).abs().max().item())
-            same &= argmax == expected.argmax
+            same &= choice == expected.choice
         yield Row(f"step {step}: rows {[r.count for r in batch]}", worst <= ENGINE_TOLERANCE, {"largest error": worst, "same tokens": same})
         for rows in batch:
             kept = list(range(rows.count)) if rows.tree is None else _path(pick, rows.tree)

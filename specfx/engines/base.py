@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
+from torch import Tensor
 
+from specfx.kernels.keyed_sample import Draw, draw_tables
 from specfx.runtime.tree import DraftTree
 
 
@@ -31,7 +32,7 @@ class Rows:
     ``length`` is the number of tokens already committed to the engine for this sequence. tree: if given, `tokens` is exactly the
     one pending token and the tree's nodes are appended as further rows (row ``i + 1`` is node ``i``).
     last_only: compute logits only for the last row (a prefill). following: the token behind the last row where it is known (the rest
-    of a prompt), for an engine that drafts.
+    of a prompt), for an engine that drafts. draw: how the token behind each row is drawn; None: it is the most probable one.
     """
 
     seq: int
@@ -39,6 +40,7 @@ class Rows:
     tree: DraftTree | None = None
     last_only: bool = False
     following: int | None = None
+    draw: Draw | None = None
 
     def __post_init__(self) -> None:
         if self.tree is not None and len(self.tokens) != 1:
@@ -48,20 +50,37 @@ class Rows:
     def count(self) -> int:
         return len(self.tokens) + (len(self.tree) if self.tree is not None else 0)
 
+    @property
+    def reads(self) -> int:
+        """Rows whose logits are computed."""
+        return 1 if self.last_only else self.count
+
+
+def draws_of(batch: Sequence[Rows], lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`keys` and `warp` of `specfx::keyed_sample`, on the host, for the rows of `batch` whose logits are read. lengths: tokens that each
+    sequence has committed."""
+    draws: list[Draw | None] = []
+    positions: list[int] = []
+    for rows, length in zip(batch, lengths, strict=True):
+        draws += [rows.draw] * rows.reads
+        depths: Sequence[int] = range(rows.count) if rows.draw is None or rows.tree is None else rows.tree.depths()
+        positions += [length + depth + 1 for depth in depths[-rows.reads :]]
+    return draw_tables(draws, positions)
+
 
 @dataclass(frozen=True)
 class RowsOutput:
     """What the target says of one sequence's rows.
 
-    argmax: ``[n]`` (``[1]`` if `last_only`) the greedy choice after each row, ints. logits: ``[n | 1, V]``, the model's dtype.
-    hidden: ``[rows, H]``, the LM head's inputs, for *all* rows (also with `last_only`); None if the engine can't tell.
-    Logits and hidden may be views that the next forward overwrites. draft: the next draft, from an engine that drafts; it hangs on
-    the greedy choice behind the rows that a greedy walk of this output visits.
+    choice: ``[n]`` (``[1]`` if `last_only`) the token that the target chooses behind each row, as `Rows.draw` says, ints.
+    logits: ``[n | 1, V]``, the model's dtype. hidden: ``[rows, H]``, the LM head's inputs, for *all* rows (also with `last_only`);
+    None if the engine can't tell. Logits and hidden may be views that the next forward overwrites. draft: the next draft, from an
+    engine that drafts; it hangs on the choice behind the last row of a walk along the choices.
     """
 
-    argmax: list[int]
-    logits: torch.Tensor
-    hidden: torch.Tensor | None
+    choice: list[int]
+    logits: Tensor
+    hidden: Tensor | None
     draft: DraftTree | None = None
 
 

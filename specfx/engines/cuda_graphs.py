@@ -10,7 +10,8 @@ A step of a small model is hundreds of kernels, each shorter than its launch. A 
   row and no more than `MAX_ROWS`. They stand behind the live ones: `row_starts` covers them, `lengths` says 0, their page tables name
   scratch pages that no sequence owns (`KVPool.scratch`), and their masks let a row see its sequence's first row and itself. So what
   padding writes and reads is in the scratch pages, and live rows neither see it nor are seen; what a live row's output is made of is
-  the same as without padding. Moves are padded with "nothing" (-1). `logit_rows` is a permutation of all rows, those asked for first.
+  the same as without padding. Moves are padded with "nothing" (-1). `logit_rows` is a permutation of all rows, those asked for
+  first; behind the others nothing is drawn (`warp` is 0).
 * **Static inputs.** Whatever `PagedEngine.bind` makes on the host is padded there, packed into one buffer of bytes, and copied to the
   device by one copy, always to the same place (`specfx.engines.transfer`). The tails of a head of several layers, which are on the
   device already, are copied there. Weights and page pools are read where they are; when the pools have moved (they grow between
@@ -50,8 +51,10 @@ from specfx.engines.paged import Call, PagedEngine, as_int64
 from specfx.errors import KVPoolError, LoweringError, Reason, Refusal
 from specfx.gate import TOLERANCES, row_error
 from specfx.kernels.greedy_walk import greedy_walk
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.kernels.tree_attention import tree_attention_, tree_parents, tree_positions
 from specfx.kernels.triton_common import power_of_two
+from specfx.passes.epilogue import KEYS, WARP
 from specfx.passes.framework import calls
 from specfx.passes.mtp_head import NEXT_IDS, TAILS
 from specfx.runtime.tree import MAX_ROWS
@@ -66,8 +69,9 @@ WARM_UPS = 2
 _LEAST_MOVES = 32
 _TAILS = {"input_ids": 0, "position_ids": 0, "lengths": 0, "moves": -1, NEXT_IDS: 1}
 """What stands behind the live values. The token behind each dummy row (1) is none that they hold (0): a walk of theirs ends at once."""
-_KNOWN_INPUTS = {"input_ids", "position_ids", "page_table", "lengths", "row_starts", "moves", "tree_mask", "logit_rows", NEXT_IDS}
-_READS_BACK = (tree_attention_, tree_positions, tree_parents, greedy_walk)
+_KNOWN_INPUTS = {"input_ids", "position_ids", "page_table", "lengths", "row_starts", "moves", "tree_mask"}
+_KNOWN_INPUTS |= {"logit_rows", KEYS, WARP, NEXT_IDS}
+_READS_BACK = (tree_attention_, tree_positions, tree_parents, greedy_walk, keyed_sample)
 """Ops whose references read tensors on the host, which a recording can't."""
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -129,6 +133,9 @@ def fill(out: Arrays, given: Arrays, scratch: Sequence[int]) -> None:
             for count in counts:
                 to[at : at + count] = _STAR[:count]
                 at += count
+        elif name in (KEYS, WARP):
+            to[: len(x)] = x
+            to[len(x) :] = 0
         elif name == "page_table":
             to[:sequences, : x.shape[1]] = x
             to[:sequences, x.shape[1] :] = 0
@@ -148,8 +155,9 @@ def inputs_like(sizes: Sizes, names: Sequence[str]) -> dict[str, Tensor]:
     shapes = {
         **{"input_ids": (1, rows), "position_ids": (1, rows), "page_table": (sequences, sizes.columns)},
         **{"lengths": (sequences,), "row_starts": (sequences + 1,), "moves": (2, sizes.moves)},
+        **{KEYS: (rows, 3), WARP: (rows, 4)},
     }
-    dtypes = dict.fromkeys(("page_table", "lengths", "row_starts"), torch.int32)
+    dtypes = dict.fromkeys(("page_table", "lengths", "row_starts"), torch.int32) | {WARP: torch.float64}
     return {name: torch.empty(shapes.get(name, (rows,)), dtype=dtypes.get(name, torch.int64), device="cpu") for name in names}
 
 

@@ -4,7 +4,7 @@ What is traced is a few lines around `specfx.drafters.mtp_tree.draft`, so the gr
 
 1. The pairs (hidden state, chosen token) of *all* rows of the forward go through each layer of the head as one more decoder layer, with the
    target's tree mask and page table: the head's KV are further layers of the pool, and are rolled back with it.
-2. `specfx::greedy_walk` finds the rows that greedy decoding accepts. A layer's first draft step moves their keys and values to their
+2. `specfx::greedy_walk` finds the rows that the choices accept. A layer's first draft step moves their keys and values to their
    places, so the next forward has nothing to move in it (where it makes no step behind the pairs, that is left to the next forward).
 3. Behind each walk's last row the tree is drafted. Its rows stand in the pages behind the committed ones, where the next forward's
    overwrite them.
@@ -92,7 +92,7 @@ class _DraftStep(nn.Module):
     """What is traced.
 
     Inputs as in `specfx.kernels.tree_attention`, and next_ids ``[T]``: the token behind each row, -1 where the target chooses it; hidden
-    ``[1, T, H]`` and argmax ``[R]`` (of the rows `logit_rows`) of the target; tails ``[S, layers - 1, H]``, None with one layer; pools: k
+    ``[1, T, H]`` and choice ``[R]`` (of the rows `logit_rows`) of the target; tails ``[S, layers - 1, H]``, None with one layer; pools: k
     and v pages of each layer. Outputs as `draft`'s and, with several layers, the new tails.
     """
 
@@ -107,7 +107,7 @@ class _DraftStep(nn.Module):
         input_ids: Tensor,
         next_ids: Tensor,
         hidden: Tensor,
-        argmax: Tensor,
+        choice: Tensor,
         logit_rows: Tensor,
         tree_mask: Tensor,
         page_table: Tensor,
@@ -119,7 +119,7 @@ class _DraftStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         layers = self.head.chain[: self.shape.num_steps]
         known = next_ids.index_select(0, logit_rows)
-        chosen = next_ids.index_copy(0, logit_rows, torch.where(known < 0, argmax, known))
+        chosen = next_ids.index_copy(0, logit_rows, torch.where(known < 0, choice, known))
         leaf, committed, own_moves = greedy_walk(input_ids, chosen, tree_mask, page_table, lengths, row_starts, self.page_size)
         nothing = torch.full((2, 1), -1, dtype=torch.int64, device=input_ids.device)
 
@@ -176,7 +176,7 @@ def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
         "input_ids": longs(1, rows),
         "next_ids": longs(rows),
         "hidden": torch.zeros(1, rows, head.hidden_size, dtype=head.dtype, **like),
-        "argmax": longs(reads),
+        "choice": longs(reads),
         "logit_rows": longs(reads),
         "tree_mask": longs(rows),
         "page_table": ints(sequences, 4),
@@ -189,7 +189,7 @@ def capture_drafting(drafting: Drafting, page_size: int) -> fx.GraphModule:
     t, s = torch.export.Dim("rows", min=1, max=1 << 20), torch.export.Dim("sequences", min=1, max=1 << 16)
     r, p, m, n = (torch.export.Dim(name, min=1, max=1 << 30) for name in ("reads", "width", "moved", "pages"))
     dynamic: dict[str, Any] = {name: {0: t} for name in ("next_ids", "tree_mask")} | {name: {1: t} for name in ("input_ids", "hidden")}
-    dynamic |= {"argmax": {0: r}, "logit_rows": {0: r}, "page_table": {0: s, 1: p}, "lengths": {0: s}, "row_starts": {0: s + 1}}
+    dynamic |= {"choice": {0: r}, "logit_rows": {0: r}, "page_table": {0: s, 1: p}, "lengths": {0: s}, "row_starts": {0: s + 1}}
     dynamic |= {"moves": {1: m}, TAILS: {0: s} if len(layers) > 1 else None, "pools": tuple({0: n} for _ in pools)}
     step = _DraftStep(head, shape, page_size)
     try:

@@ -22,10 +22,12 @@ import torch
 from transformers import PreTrainedModel
 
 from specfx.capture import clone_sharing_storage
-from specfx.engines.base import Rows, RowsOutput
+from specfx.engines.base import Rows, RowsOutput, draws_of
 from specfx.engines.eager_past import MOST_UNFED, Past
 from specfx.engines.eager_probe import STAGE, cause_of, probe
-from specfx.errors import Reason, Refusal
+from specfx.errors import LoweringError, Reason, Refusal
+from specfx.kernels import cpu_build, triton_kernels
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -61,6 +63,10 @@ class EagerEngine:
             return
         self.verifies, self.refusals = probe(self)
         self._sequences.clear()
+        try:  # for the choices: their reference sorts the vocabulary behind every row
+            _load_kernels(self._device)
+        except LoweringError as error:
+            self.refusals.append(Refusal("sampling kernel", Reason.NO_KERNEL, str(error), "tokens are drawn by the reference, slowly"))
 
     def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
         """Begin sequence `seq`. Its cache grows as it must, so `capacity` (tokens) reserves nothing. Raises `ValueError` for a used id."""
@@ -119,10 +125,11 @@ class EagerEngine:
             past.fed()
         depths = tree.depths() if rows.tree is not None else list(range(rows.count))
         mask = self._tree_masks(tree, past.length) if _branches(rows) else None
+        keys, warp = (table.to(self._device) for table in draws_of([rows], [past.length]))
         tokens = [*rows.tokens, *tree.tokens]
-        logits, hidden = self._call(past, tokens, depths, 1 if rows.last_only else len(tokens), mask)
+        logits, hidden = self._call(past, tokens, depths, rows.reads, mask)
         past.rows = tokens
-        return RowsOutput(logits.argmax(-1).tolist(), logits, hidden)
+        return RowsOutput(keyed_sample(logits, keys, warp).tolist(), logits, hidden)
 
     def _call(
         self, past: Past, tokens: Sequence[int], depths: Sequence[int], read: int, mask: Any = None
@@ -159,6 +166,16 @@ class _HeadInput:
     def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.value = args[0]
         return (args[0][:, -self.read :], *args[1:]) if args[0].ndim == 3 else None
+
+
+def _load_kernels(device: torch.device) -> None:
+    """Replace the ops' references where they can be. Raises `LoweringError`."""
+    if device.type == "cpu":
+        cpu_build.load()
+    elif device.type == "cuda":
+        triton_kernels.register()
+    else:
+        raise LoweringError(f"specfx's ops have no kernels for {device.type}")
 
 
 def _branches(rows: Rows) -> bool:

@@ -3,7 +3,8 @@
 `PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"), or
 the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs
 are bound by the names of the graph's placeholders, so passes may be switched off: without the tree mask the engine verifies chains,
-without the epilogue it selects logits itself. With a head stitched in (`mtp_head`), each output brings the next draft.
+without the epilogue it selects logits and makes the choices itself. With a head stitched in (`mtp_head`), each output brings the next
+draft.
 
 What changes from step to step is bound on the host; `call` brings it to the device (`specfx.engines.transfer`), or copies it into the
 static inputs of a CUDA graph (`specfx.engines.cuda_graphs`).
@@ -20,8 +21,10 @@ from torch import Tensor, fx
 
 from specfx.drafters.mtp_tree import trees
 from specfx.engines import transfer
-from specfx.engines.base import Rows, RowsOutput
+from specfx.engines.base import Rows, RowsOutput, draws_of
+from specfx.kernels.keyed_sample import keyed_sample
 from specfx.kernels.library import REFERENCES
+from specfx.passes.epilogue import KEYS, WARP
 from specfx.passes.framework import calls, copy_module, placeholder
 from specfx.passes.mtp_head import NEXT_IDS, TAILS
 from specfx.runtime.kv_pool import KVPool, LayerShape
@@ -156,10 +159,10 @@ class PagedEngine:
                 masks += [0] * count
             length = self.pool.length(rows.seq)
             positions += range(length, length + count)
-            start, end = starts[-1], starts[-1] + count
-            starts.append(end)
-            logit_rows += [end - 1] if rows.last_only else range(start, end)
+            starts.append(starts[-1] + count)
+            logit_rows += range(starts[-1] - rows.reads, starts[-1])
         lengths = self.pool.lengths(seqs)
+        keys, warp = draws_of(batch, lengths)
         moves = self.pool.begin(seqs, counts)
         tails = {} if self._no_tail is None else {TAILS: torch.stack([self._tails.get(seq, self._no_tail) for seq in seqs])}
         return {
@@ -171,6 +174,8 @@ class PagedEngine:
             "moves": moves,
             "tree_mask": _host(masks),
             "logit_rows": _host(logit_rows),
+            KEYS: keys,
+            WARP: warp,
             NEXT_IDS: _host(next_ids),
             **tails,
             **dict(zip(self.pool_names, self.pool.pools, strict=True)),
@@ -184,15 +189,16 @@ class PagedEngine:
             logits, hidden = logits[0], hidden[0]
             if not self._selects:
                 logits = logits[inputs["logit_rows"].to(self.device)]
+                rest = [keyed_sample(logits, inputs[KEYS].to(self.device), inputs[WARP].to(self.device))]
             if self._no_tail is not None:
                 self._new_tails |= zip([rows.seq for rows in batch], rest[4].clone(), strict=True)
-            chosen, *drafted = transfer.to_host(rest[:4] or [logits.float().argmax(-1)])
-        argmax: list[int] = chosen.tolist()
+            chosen, *drafted = transfer.to_host(rest[:4])
+        choice: list[int] = chosen.tolist()
         drafts = trees(tuple(drafted)) if self.drafts else [None] * len(batch)
         outputs, row, read = [], 0, 0
         for rows, draft in zip(batch, drafts, strict=True):
-            count, reads = rows.count, 1 if rows.last_only else rows.count
-            outputs.append(RowsOutput(argmax[read : read + reads], logits[read : read + reads], hidden[row : row + count], draft))
+            count, reads = rows.count, rows.reads
+            outputs.append(RowsOutput(choice[read : read + reads], logits[read : read + reads], hidden[row : row + count], draft))
             row, read = row + count, read + reads
         return outputs
 

@@ -27,12 +27,13 @@ from transformers.generation.streamers import BaseStreamer
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine
 from specfx.errors import KVPoolError, Reason
+from specfx.kernels.keyed_sample import Draw
 from specfx.runtime import page_cache
 from specfx.runtime.budget import Budget
 from specfx.runtime.choice import Record
 from specfx.runtime.held import Held, Keeper
 from specfx.runtime.page_cache import PageCache
-from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row
+from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row, standard_warp
 from specfx.runtime.session import Committed, Runtime
 from specfx.runtime.stats import CallStats
 
@@ -135,7 +136,8 @@ def speculative_decode(
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
     seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if config.do_sample else None
     recorded = config.return_dict_in_generate and (config.output_scores or config.output_logits)
-    records = [Record() if recorded else None for _ in rows]
+    warp = None if seed is None else standard_warp(logits_processor)
+    records = [Record(None if warp is None else logits_processor) if recorded else None for _ in rows]
     if pages is None and config.return_dict_in_generate and config.use_cache is not False:
         cache = pages = PageCache()
     progress = _Progress(prefill_callback, sum(map(len, prompts)))
@@ -149,12 +151,12 @@ def speculative_decode(
                 prompt,
                 limit - len(row),
                 stop,
-                of_row(logits_processor, i),
+                None if warp is not None else of_row(logits_processor, i),
                 seen=row,
                 seq=seq,
                 device=input_ids.device,
                 ends=sorted(stop.ends),
-                key=None if seed is None else (seed, i),
+                draw=None if seed is None else Draw(seed, i, **(warp or {})),
                 pointwise=is_pointwise(logits_processor),
                 keep=recorded or pages is not None,
                 record=record,

@@ -18,6 +18,13 @@ def _processors(*names: str) -> tuple[type, ...]:
     return tuple(getattr(logits_process, name) for name in names)
 
 
+STANDARD_WARPERS = {
+    logits_process.TemperatureLogitsWarper: "temperature",
+    logits_process.TopKLogitsWarper: "top_k",
+    logits_process.TopPLogitsWarper: "top_p",
+    logits_process.MinPLogitsWarper: "min_p",
+}
+"""What draws in the graph: the warpers that `specfx::keyed_sample` knows, in its order, and what it and they call their settings."""
 ROWWISE_CRITERIA = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
 POINTWISE_PROCESSORS = _processors(
     *("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper"),
@@ -30,6 +37,16 @@ ROWWISE_PROCESSORS = POINTWISE_PROCESSORS + _processors(
     *("SuppressTokensAtBeginLogitsProcessor", "ExponentialDecayLengthPenalty", "PrefixConstrainedLogitsProcessor"),
 )
 """Processors that treat each row by itself, so that rows of a batch may be at different lengths."""
+
+
+def standard_warp(processors: LogitsProcessorList) -> dict[str, Any] | None:
+    """The settings of `processors` by their names in `specfx.kernels.keyed_sample.Draw`; None if a draw does not know what they do."""
+    kinds, known = [type(p) for p in processors], list(STANDARD_WARPERS)
+    if any(kind not in known for kind in kinds) or kinds != sorted(set(kinds), key=known.index):
+        return None
+    if any(getattr(p, "filter_value", -torch.inf) != -torch.inf or getattr(p, "min_tokens_to_keep", 1) != 1 for p in processors):
+        return None
+    return {STANDARD_WARPERS[kind]: getattr(p, STANDARD_WARPERS[kind]) for kind, p in zip(kinds, processors, strict=True)}
 
 
 def is_pointwise(processors: LogitsProcessorList) -> bool:

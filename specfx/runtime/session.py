@@ -10,6 +10,8 @@ A step is the whole of speculative decoding (Leviathan et al., 2023; trees after
 
 Where tokens are sampled, the target's choice behind a row is drawn from its own distribution with noise that belongs to the token's
 place in its sequence. So every draft method, none included, gives the same text for the same seed, and the distribution is the target's.
+The engine draws behind all rows, whether the walk comes there or not; only where the caller's logits processors have to be asked is the
+choice made here, at the rows that the walk visits (`specfx.runtime.choice`).
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from torch import Tensor
 from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.errors import KVPoolError
+from specfx.kernels.keyed_sample import Draw
 from specfx.runtime.budget import Budget
-from specfx.runtime.choice import Processor, Record, SequenceState, choose
+from specfx.runtime.choice import Processor, Record, SequenceState, choose, next_tokens
 from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import DraftTree
 
@@ -126,7 +129,7 @@ class Runtime:
         seq: int | None = None,
         device: torch.device | None = None,
         ends: Sequence[int] = (),
-        key: tuple[int, int] | None = None,
+        draw: Draw | None = None,
         pointwise: bool = False,
         keep: bool = False,
         record: Record | None = None,
@@ -134,14 +137,14 @@ class Runtime:
         """Prefill a new sequence and commit its first token.
 
         stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
-        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. key,
+        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. draw,
         pointwise, keep: see `SequenceState`. record: where logits and scores are put.
         Raises `KVPoolError` before anything is done, and leaves nothing behind whatever it raises.
         """
         seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
         shown = list(prompt if seen is None else seen)
         sequence = SequenceState(
-            seq, list(prompt), shown, max_new_tokens, stop, processor, device, key, pointwise=pointwise, keep=keep, record=record
+            seq, list(prompt), shown, max_new_tokens, stop, processor, device, draw, pointwise=pointwise, keep=keep, record=record
         )
         try:
             self.drafter.add(seq, prompt, ends)
@@ -167,11 +170,14 @@ class Runtime:
         if known == len(prompt):
             before, output, last = self._last
             assert before == prompt
+            if sequence.engine_draw is not None:  # with noise of its own
+                output = replace(output, choice=next_tokens([sequence], [output.logits[-1]]))
             return output, last
         for start in range(known, len(prompt), self.chunk):
             chunk, end = prompt[start : start + self.chunk], start + self.chunk
             following = prompt[end] if end < len(prompt) else None
-            output = self.engine.forward([Rows(sequence.id, chunk, last_only=True, following=following)])[0]
+            how = sequence.engine_draw if following is None else None
+            output = self.engine.forward([Rows(sequence.id, chunk, last_only=True, following=following, draw=how)])[0]
             self.engine.commit(sequence.id, range(len(chunk)))
             if (part := self._hidden_for(sequence, output)) is not None:
                 hidden.append(part.clone())  # the next forward may overwrite it
@@ -179,8 +185,8 @@ class Runtime:
         return output, torch.cat(hidden) if hidden else None
 
     def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
-        """The draft that the engine made: it hangs on the greedy choice."""
-        return output.draft if self.drafter.needs_hidden and sequence.is_plain else None
+        """The draft that the engine made: it hangs on the engine's choice."""
+        return output.draft if self.drafter.needs_hidden and sequence.processor is None else None
 
     def _hidden_for(self, sequence: SequenceState, output: RowsOutput) -> Tensor | None:
         """The hidden states, for a drafter that needs them and that the engine has not drafted for."""
@@ -206,7 +212,8 @@ class Runtime:
                 trees = self.budget.share(trees)
         started = time.perf_counter()
         with self.stats.timed("forward"):
-            outputs = self.engine.forward([Rows(s.id, s.tokens[-1:], tree) for s, tree in zip(active, trees, strict=True)])
+            batch = [Rows(s.id, s.tokens[-1:], tree, draw=s.engine_draw) for s, tree in zip(active, trees, strict=True)]
+            outputs = self.engine.forward(batch)
         self.stats.forwards += 1
         if self.budget is not None:
             self.budget.note_forward(len(trees) + sum(map(len, trees)), time.perf_counter() - started)
@@ -220,8 +227,8 @@ class Runtime:
 
     def _choose(self, sequences: list[SequenceState], outputs: list[RowsOutput], rows: list[int]) -> list[int]:
         """The target's choice behind one row of each sequence."""
-        tokens = [output.argmax[row] for output, row in zip(outputs, rows, strict=True)]
-        places = [i for i, sequence in enumerate(sequences) if sequence.record is not None or not sequence.is_plain]
+        tokens = [output.choice[row] for output, row in zip(outputs, rows, strict=True)]
+        places = [i for i, sequence in enumerate(sequences) if sequence.record is not None or sequence.processor is not None]
         if places:
             chosen = choose([sequences[i] for i in places], [outputs[i].logits[rows[i]] for i in places])
             for i, token in zip(places, chosen, strict=True):
