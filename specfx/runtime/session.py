@@ -103,6 +103,7 @@ class Runtime:
         `prompt_length`, or `source` is a sequence of the same prompt, which is added just before this one.
         """
         seq, capacity = next(_ids), prompt_length + max_new_tokens + self.max_nodes + 1
+        self._reserved[seq] = source is not None  # before there is room to give back: Ctrl-C may come at any time
         while True:
             try:
                 if source is None:
@@ -112,8 +113,8 @@ class Runtime:
                 break
             except KVPoolError:
                 if not self.make_room():
+                    del self._reserved[seq]
                     raise
-        self._reserved[seq] = source is not None
         return seq
 
     def add(
