@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from test_generate import tokenizer
+from test_kv_pool import CtrlC
 from tiny import VOCAB, tiny_model
 from transformers import PreTrainedModel, TextIteratorStreamer, TextStreamer
 from transformers.generation.streamers import BaseStreamer
@@ -20,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 import specfx
 from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.runtime import decode
+from specfx.runtime.session import Runtime
 
 CELLS = [(engine, method) for engine in ("graph", "eager") for method in (None, "suffix", "mtp")]
 NEW = 12
@@ -250,6 +252,20 @@ def test_ctrl_c_by_signal(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(KeyboardInterrupt):
             model.generate(prompt_of(), max_new_tokens=NEW)
     assert len(calls) == 3
+
+
+def test_ctrl_c_once_more_while_the_call_is_tidied_up(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any line of that but the first, which begins it."""
+    close, at, second = Runtime.close, 1, CtrlC(0)
+    while at == 1 or second.raised:
+        second = CtrlC(at, "session.py", "kv_pool.py", "paged.py", "eager.py", "mtp.py", "suffix.py")
+        with monkeypatch.context() as patch:
+            patch.setattr(Runtime, "close", lambda runtime, second=second: second.during(lambda: close(runtime)))
+            with pytest.raises((BrokenPipeError, KeyboardInterrupt)):
+                model.generate(prompt_of(), max_new_tokens=NEW, streamer=Failing(3, BrokenPipeError("gone")))
+        assert_nothing_left(model)
+        at += 1
+    assert at > 8
 
 
 def test_an_interrupted_call_leaves_a_conversation_as_it_was(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

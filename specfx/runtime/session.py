@@ -278,13 +278,20 @@ class Runtime:
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         """Free everything of `seq`, which ended with the tokens `last`; unknown ids are ignored."""
+        self.engine.remove(seq)
+        self.drafter.remove(seq, last)
         self.sequences.pop(seq, None)
         self.kept.pop(seq, None)
         self._reserved.pop(seq, None)
-        self.engine.remove(seq)
-        self.drafter.remove(seq, last)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""
+        try:
+            self._remove_all()
+        except BaseException:  # Ctrl-C once more
+            self._remove_all()
+            raise
+
+    def _remove_all(self) -> None:
         for seq in {*self.sequences, *self._reserved, *self.kept}:
             self.remove(seq)
