@@ -180,7 +180,7 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
         return "an attention mask that is not of the input_ids' shape"
     if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
         return "stop_strings in the model's generation_config"
-    for name in ("use_mtp", "token_healing", "is_assistant"):
+    for name in ("use_mtp", "token_healing"):
         if getattr(config, name, None):
             return name
     mode = config.get_generation_mode(None)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import specfx
 from specfx.api import engine_of
+from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.engines.compiled import Lowered, lower
 from specfx.errors import HeadError, OptionError, Reason, UnsupportedModelError
 from specfx.kernels import cpu_build
@@ -39,6 +40,11 @@ def small() -> PreTrainedModel:
 def wrapped(engine: str = "graph", method: str | None = "suffix", **options: Any) -> PreTrainedModel:
     mode = "sync" if engine == "compiled" else "off"
     return specfx.speculate(small(), method, engine=engine, compile=mode, **options)
+
+
+def head_of(method: str | None, folder: Path) -> dict[str, Any]:
+    """The options of a method: for "mtp" a head, in `folder`."""
+    return {"head": save_head(MtpHead.from_target(small()), folder)} if method == "mtp" else {}
 
 
 def prompt_of(seed: int = 0, length: int = 10, batch: int = 1) -> torch.Tensor:
@@ -282,11 +288,17 @@ def test_stats_of_the_last_call_and_of_all() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "engine"),
-    [("deepcopy", "graph"), ("deepcopy", "eager"), ("deepcopy", "compiled"), ("pickle", "graph"), ("torch.save", "eager")],
+    ("way", "engine", "method"),
+    [
+        *[("deepcopy", engine, "suffix") for engine in ENGINES],
+        *[("pickle", "graph", "suffix"), ("torch.save", "eager", "suffix")],
+        *[("deepcopy", "graph", None), ("pickle", "eager", None), ("deepcopy", "graph", "mtp"), ("pickle", "eager", "mtp")],
+    ],
 )
-def test_a_copy_of_a_wrapped_model_generates_and_is_independent(way: str, engine: str, instant_inductor: None, tmp_path: Path) -> None:
-    model = wrapped(engine)
+def test_a_copy_of_a_wrapped_model_generates_and_is_independent(
+    way: str, engine: str, method: str | None, instant_inductor: None, tmp_path: Path
+) -> None:
+    model = wrapped(engine, method, **head_of(method, tmp_path))
     expected = ours(model, prompt_of())
     if way == "deepcopy":
         other = copy.deepcopy(model)
@@ -301,7 +313,7 @@ def test_a_copy_of_a_wrapped_model_generates_and_is_independent(way: str, engine
     assert torch.equal(ours(other, prompt_of()), expected)
     assert torch.equal(torch.get_rng_state(), state), "preparing engines draws no random numbers"
     report = specfx.explain(other)
-    assert (report.engine, report.method) == (engine, "suffix")
+    assert (report.engine, report.method) == (engine, method)
     assert engine_of(other) is not engine_of(model)
     with torch.no_grad():
         other.lm_head.weight.copy_(other.lm_head.weight.flip(0))
@@ -310,7 +322,7 @@ def test_a_copy_of_a_wrapped_model_generates_and_is_independent(way: str, engine
     assert not torch.equal(changed, expected)
     assert torch.equal(ours(model, prompt_of()), expected)
     specfx.restore(other)
-    assert specfx.explain(model).method == "suffix"
+    assert specfx.explain(model).method == method
     assert "generate" not in other.__dict__
 
 
@@ -477,9 +489,11 @@ def test_replaced_weights_are_said_once(caplog: pytest.LogCaptureFixture) -> Non
 # --- threads and compilation in the background -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine", ["graph", "eager"])
-def test_two_threads_generate_at_once(engine: str) -> None:
-    model, other = wrapped(engine), wrapped(engine)
+@pytest.mark.parametrize(
+    ("engine", "method"), [("graph", "suffix"), ("eager", "suffix"), ("graph", None), ("graph", "mtp"), ("eager", "mtp")]
+)
+def test_two_threads_generate_at_once(engine: str, method: str | None, tmp_path: Path) -> None:
+    model, other = (wrapped(engine, method, **head_of(method, tmp_path)) for _ in range(2))
     ids = [prompt_of(seed, length=5 + seed, batch=1 + seed % 2) for seed in range(8)]
     expected = [stock(model, i, max_new_tokens=10 + n) for n, i in enumerate(ids)]
     wrong: list[Any] = []

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_session import FakeDrafter, FakeEngine, finish, never, oracle, plain, wrong
+from tiny import VOCAB, tiny_model
 
+import specfx
+from specfx.drafters.mtp_files import save_draft_vocab
+from specfx.drafters.mtp_head import MtpHead, save_head
 from specfx.runtime import budget
 from specfx.runtime.budget import Budget
 from specfx.runtime.session import Runtime
@@ -68,10 +75,24 @@ def test_nothing_is_left_out_before_something_is_known() -> None:
     trees = [DraftTree.chain([1, 2, 3], [0.9, 0.5, 0.001])]
     assert Budget().share(trees) == trees
     assert told(1, 10, forwards=budget._FEWEST - 1).share(trees) == trees
-    same = Budget()
-    for _ in range(40):
-        same.note_forward(4, 1.0)  # what a row costs can't be told
-    assert same.share(trees) == trees
+
+
+def test_where_all_forwards_have_as_many_rows_a_plain_one_tells_what_a_row_costs() -> None:
+    """Of drafts that are never right, one step in `_PROBE` is left; if they are right, one step in some is plain, and fewer with time."""
+    for accepted in (0, 3):
+        made, verified = Budget(), []
+        for _ in range(400):
+            (tree,) = made.share([DraftTree.chain([1, 2, 3], [0.9, 0.9, 0.9])])
+            made.note_forward(1 + len(tree), 10 + 1.0 * (1 + len(tree)))
+            if len(tree):
+                made.note_draft(tree, accepted)
+            verified.append(len(tree))
+        first = budget._FEWEST
+        assert verified[: first + 1] == [3] * first + [0]
+        if accepted:
+            assert verified.count(3) > 0.98 * len(verified)
+        else:
+            assert sum(n > 0 for n in verified[40:]) <= 360 // budget._PROBE + 1
 
 
 def test_on_a_busy_machine_nothing_is_left_out_for_noise() -> None:
@@ -92,7 +113,7 @@ def test_a_forward_that_something_else_has_held_up_counts_little() -> None:
     assert held_up._cost(8) < 30
 
 
-def costing(monkeypatch: pytest.MonkeyPatch, engine: FakeEngine, fixed: float, each: float) -> None:
+def costing(monkeypatch: pytest.MonkeyPatch, engine: Any, fixed: float, each: float) -> None:
     """A clock that only forwards advance."""
     now, forward = 0.0, engine.forward
     monkeypatch.setattr("specfx.runtime.session.time.perf_counter", lambda: now)
@@ -127,6 +148,56 @@ def test_where_drafts_fail_decoding_is_plain_within_tens_of_tokens_and_drafts_ag
         drafted.append(stats.drafted_nodes - before)
     assert sum(n > 0 for n in drafted[-12:]) > 6
     assert text == plain([1, 2], 400)
+
+
+@pytest.mark.parametrize("method", ["suffix", "mtp"])
+@pytest.mark.parametrize("engine", ["graph", "eager"])
+def test_every_method_is_plain_where_its_drafts_fail_and_drafts_again_where_they_come_true(
+    engine: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The model first never chooses what is drafted, then always. mtp: a head that drafts 7 and 8 alone. suffix: random text of few tokens,
+    and then a constant one."""
+    model, rows = tiny_model("llama"), torch.tensor([7, 8])
+    options: dict[str, Any] = {}
+    if method == "mtp":
+        options = {"head": save_head(MtpHead.from_target(model), tmp_path), "num_steps": 2}
+        save_draft_vocab(rows, tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[rows] = 0
+    specfx.speculate(model, method, engine=engine, compile="off", **options)
+    serving, drafter = specfx.api.engine_of(model), specfx.drafter_of(model)
+    costing(monkeypatch, serving, 10, 1)
+    verified: list[int] = []
+    offered: list[int] = []
+    forward, propose = serving.forward, drafter.propose
+
+    def noted(batch: list[Any]) -> Any:
+        verified.extend(len(rows.tree) for rows in batch if rows.tree is not None)
+        return forward(batch)
+
+    def offering(*args: Any) -> list[DraftTree]:
+        trees = propose(*args)
+        offered.extend(map(len, trees))
+        return trees
+
+    monkeypatch.setattr(serving, "forward", noted)
+    monkeypatch.setattr(drafter, "propose", offering)
+    hot = {"do_sample": True, "temperature": 3.0, "suppress_tokens": list(range(16, VOCAB))} if method == "suffix" else {}
+    torch.manual_seed(0)
+    model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=180, **hot)
+    assert sum(verified[:20]) > 10
+    later, probes = verified[60:], (len(verified) - 60) // budget._PROBE + 1
+    assert sum(n > 0 for n in offered[60:]) > probes
+    assert sum(n > 0 for n in later) <= probes
+    assert sum(10 + 1 + n for n in later) < 1.05 * sum(10 + 1 for _ in later), "seconds, beside plain decoding"
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[rows] = 9 * torch.tensor([[1.0], [-1.0]]) * torch.ones(32)
+    verified.clear()
+    model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=300, **hot)
+    assert specfx.api.engine_of(model) is serving
+    assert sum(n > 0 for n in verified[-12:]) > 8
+    assert specfx.stats(model).last.tokens_per_forward > 1.3
 
 
 def test_a_batch_verifies_where_the_gain_is(monkeypatch: pytest.MonkeyPatch) -> None:

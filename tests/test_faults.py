@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONTEXT, VOCAB, tiny_model
 from torch import fx, nn
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 import specfx
 from specfx.drafters.mtp_head import MtpHead, save_head
@@ -374,90 +373,6 @@ def test_beams(engine: str) -> None:
     expected = stock(model, prompt_of(), num_beams=4)
     assert torch.equal(model.generate(prompt_of(), max_new_tokens=12, num_beams=4), expected)
     assert specfx.explain(model).stock_calls == {"beam search": 1}
-    assert_sound(model, engine)
-
-
-class Failing(BaseStreamer):
-    """Raises at the n-th token (0: at the prompt), or at the end."""
-
-    def __init__(self, n: int | None, error: BaseException) -> None:
-        self.left, self.error = n, error
-
-    def put(self, value: torch.Tensor) -> None:
-        if self.left == 0:
-            raise self.error
-        self.left = None if self.left is None else self.left - 1
-
-    def end(self) -> None:
-        raise self.error
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("n", [0, 1, 2, 6, None])
-def test_a_streamer_that_raises(engine: str, n: int | None) -> None:
-    model = wrapped(engine)
-    with pytest.raises(BrokenPipeError, match="gone"):
-        model.generate(prompt_of(), max_new_tokens=12, streamer=Failing(n, BrokenPipeError("gone")))
-    assert specfx.explain(model).pages_in_use == 0
-    assert_sound(model, engine)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("at", [11, 12, 16])
-def test_a_keyboard_interrupt_in_a_stopping_criterion(engine: str, at: int) -> None:
-    def stop(ids: torch.Tensor, scores: Any) -> torch.Tensor:
-        if ids.shape[1] == at:
-            raise KeyboardInterrupt
-        return torch.zeros(1, dtype=torch.bool)
-
-    model = wrapped(engine)
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(prompt_of(), max_new_tokens=12, stopping_criteria=[stop])
-    assert specfx.explain(model).pages_in_use == 0
-    assert specfx.stats(model).total.prefills == 1, "an interrupted call counts too"
-    assert_sound(model, engine)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_processor_that_raises(engine: str) -> None:
-    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        return scores if ids.shape[1] < 14 else failing()
-
-    model = wrapped(engine)
-    with pytest.raises(RuntimeError, match="broken on purpose"):
-        model.generate(prompt_of(), max_new_tokens=12, logits_processor=[process])
-    assert_sound(model, engine)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("where", ["add", "accept", "propose"])
-def test_a_drafter_that_raises(engine: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = wrapped(engine)
-    with monkeypatch.context() as patch:
-        patch.setattr(model.generate.drafter, where, failing)
-        with pytest.raises(RuntimeError, match="broken on purpose"):
-            model.generate(prompt_of(batch=2), max_new_tokens=12)
-    assert specfx.explain(model).pages_in_use == 0
-    assert_sound(model, engine)
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("call", [0, 1, 2, 4])
-def test_a_forward_that_raises(engine: str, call: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Out of memory, say, at any forward of a batch; its other rows are freed too."""
-    model = wrapped(engine)
-    serving = model.generate.ready().engine
-    forward, calls = serving.forward, []
-
-    def once(batch: Any) -> Any:
-        calls.append(1)
-        return failing() if len(calls) == call + 1 else forward(batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(serving, "forward", once)
-        with pytest.raises(RuntimeError, match="broken on purpose"):
-            model.generate(prompt_of(batch=2), max_new_tokens=12)
-    assert specfx.explain(model).pages_in_use == 0
     assert_sound(model, engine)
 
 

@@ -413,8 +413,8 @@ def test_assisted_decoding(do_sample: bool, pair: Pair) -> None:
 def test_an_assistant_that_is_wrapped(pair: Pair) -> None:
     """Its calls as an assistant are stock's, and its own wrapper says so."""
     arguments = inputs(1)
-    expected = pair.stock.generate(**arguments, max_new_tokens=NEW, assistant_model=tiny_model("llama", num_hidden_layers=1))
-    assistant = specfx.speculate(tiny_model("llama", num_hidden_layers=1), pair.method if pair.method != "mtp" else None, engine="eager")
+    expected = pair.theirs(**arguments, assistant_model=tiny_model("gpt2"))
+    assistant = specfx.speculate(tiny_model("gpt2"), "suffix", engine="eager")
     assert torch.equal(pair.ours("assistant_model", **arguments, assistant_model=assistant), expected)
     assert set(specfx.explain(assistant).stock_calls) == {"position_ids given by the caller"}
 

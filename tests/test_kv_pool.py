@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -43,6 +45,31 @@ def state_of(pool: KVPool) -> object:
 def slots_of(pool: KVPool, seq: int, tokens: int) -> list[int]:
     table = pool.page_table([seq])[0].tolist()
     return [table[i // pool.page_size] * pool.page_size + i % pool.page_size for i in range(tokens)]
+
+
+class CtrlC:
+    """A trace function: raises at the n-th line (from 0) that is run of the files whose names end with one of `ends`."""
+
+    def __init__(self, at: int, *ends: str) -> None:
+        self.at, self.ends, self.lines, self.raised = at, ends, 0, False
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> CtrlC | None:
+        if not frame.f_code.co_filename.endswith(self.ends):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at + 1:
+                self.raised = True
+                raise KeyboardInterrupt
+        return self
+
+    def during(self, work: Callable[[], object]) -> None:
+        before = sys.gettrace()
+        sys.settrace(self)
+        try:
+            work()
+        finally:
+            sys.settrace(before)
 
 
 # --- reservation and growth -----------------------------------------------------------------------------------------------------
@@ -551,3 +578,61 @@ def test_each_sequence_appears_once_in_a_forward(new_engine: Callable[[], PagedE
     engine.add(0, 8)
     with pytest.raises(ValueError, match="once"):
         engine.forward([Rows(0, [1]), Rows(0, [2])])
+
+
+@pytest.mark.parametrize("size", ["auto", 60])
+def test_an_interruption_at_any_line_loses_no_page(size: str | int) -> None:
+    at, interrupt = 0, CtrlC(0)
+    while not at or interrupt.raised:
+        pool = pool_of(size)
+
+        def work(pool: KVPool = pool) -> None:
+            pool.add(0, 9)
+            pool.begin([0], [5])
+            pool.commit(0, [0, 2, 4])
+            pool.add(1, 30, 0, 3)
+            pool.inherit(1)
+            pool.trim(0)
+            pool.remove(0)
+            pool.add(2, 100)
+            pool.remove(1)
+
+        interrupt = CtrlC(at, "kv_pool.py")
+        with suppress(KeyboardInterrupt):
+            interrupt.during(work)
+        for seq in (0, 1, 2):
+            pool.remove(seq)
+        assert pool.pages_in_use == 0
+        if size == "auto":  # it still grows
+            pool.add(3, (pool.pages + 1) * pool.page_size)
+            pool.remove(3)
+        count = pool.pages if size == "auto" else 60
+        pool.add(3, count * pool.page_size)
+        assert sorted(pool.page_table([3])[0].tolist()) == list(range(count))
+        assert all(len(tensor) >= count for tensor in pool.pools)
+        pool.remove(3)
+        assert pool.pages_in_use == 0
+        at += 1
+    assert at > 80
+
+
+def test_a_pool_that_was_interrupted_while_it_grew_grows_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of()
+    pool.add(0, 8)
+    for tensor in pool.pools:
+        tensor.fill_(7)
+    zeros, calls = torch.zeros, []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return zeros(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pool.add(1, 80)
+    pool.add(1, 80)
+    assert all((tensor[:2] == 7).all() for tensor in pool.pools)
+    assert len({len(tensor) for tensor in pool.pools}) == 1

@@ -421,6 +421,7 @@ def small() -> PreTrainedModel:
     return tiny_model("llama", vocab_size=SMALL, initializer_range=0.2)
 
 
+@pytest.mark.timeout(3600 if LONG else 600)
 @pytest.mark.parametrize("method", [None, "suffix", "mtp"])
 def test_texts_have_the_distribution_of_the_model(
     method: str | None, small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -89,7 +89,9 @@ class Drafting:
 def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpDrafter:
     """The drafter of `options`, of at most `max_nodes` nodes a tree. The head is read from ``options.head``, or from the target's own
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
-    head = load_head(options.head, target, options.draft_vocab)
+    device = next(target.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a layer is made with random weights, then read
+        head = load_head(options.head, target, options.draft_vocab)
     head.try_out(target)
     shape = options.shape(max_nodes, chains_only=head.recurrent)
     if head.draft_ids is not None:

@@ -4,7 +4,8 @@ A forward of n rows takes ``fixed + each * n`` seconds, fitted to the forwards t
 (two standard errors less than the best guess), so that on a busy machine nothing is left out for noise. A node brings a token with the
 probability that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately. Of all
 nodes of all sequences the most probable are verified, as many as give the most tokens per second. So where rows cost, unlikely nodes are
-left out, wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do.
+left out, wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do. Forwards
+that all have as many rows don't tell what a row costs: then one of them is plain now and then.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from specfx.runtime.tree import DraftTree
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 _MEMORY = 0.98
 """Weight that an observation keeps when the next one comes: the last fifty count."""
@@ -20,6 +21,8 @@ _FEWEST = 16
 """Forwards to see before anything is left out."""
 _PROBE = 32
 """One step in so many verifies all that was drafted."""
+_LEAST_VARIANCE = 0.1
+"""Of the rows of forwards; with less, what a row costs can't be told."""
 _EXPECTED = 4.0
 """Accepted tokens that the drafter is believed to have foretold rightly before it began."""
 
@@ -52,10 +55,14 @@ class Budget:
         """Accepted tokens for each that the drafter expected."""
         return self._accepted / self._expected
 
+    @property
+    def _variance(self) -> float:
+        return self._squares / self._weight - (self._rows / self._weight) ** 2
+
     def _fit(self) -> tuple[float, float]:
         """(fixed, each) by least squares, `each` cautiously."""
         rows, seconds = self._rows / self._weight, self._seconds / self._weight
-        variance = self._squares / self._weight - rows * rows
+        variance = self._variance
         if variance < 1e-9:
             return seconds, 0.0
         each = (self._products / self._weight - rows * seconds) / variance
@@ -74,6 +81,8 @@ class Budget:
         nodes = sorted((-p, s, i) for s, tree in enumerate(trees) for i, p in enumerate(tree.probs))  # parents before children
         if not nodes or self._forwards < _FEWEST or self._steps % _PROBE == 0:
             return list(trees)
+        if (self._steps - 1) % _PROBE == _FEWEST and self._variance < _LEAST_VARIANCE:
+            return [EMPTY_TREE] * len(trees)
         fixed, each = self._fit()
         trust, gain = self.trust, float(len(trees))
         best, taken = gain / (fixed + each * len(trees)), 0

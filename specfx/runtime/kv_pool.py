@@ -12,6 +12,7 @@ into which nothing is to be moved is never written again. Of what comes after th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -78,10 +79,20 @@ class KVPool:
         self._users: dict[int, int] = {}  # of each page that is in use
         self._sequences: dict[int, _Sequence] = {}
         self._tables: tuple[tuple[int, ...], Tensor] | None = None
+        self._whole = True  # False while pages change hands: Ctrl-C in between leaves it so
 
     @property
     def pages_in_use(self) -> int:
+        self._settle()
         return self.pages - len(self._free)
+
+    def _settle(self) -> None:
+        """Count pages again by what the sequences hold, if they changed hands when something interrupted."""
+        if not self._whole:
+            self._users = dict(Counter(page for sequence in self._sequences.values() for page in sequence.pages))
+            taken = self._users.keys() | self._scratch
+            self._free = [page for page in reversed(range(self.pages + len(self._scratch))) if page not in taken]
+            self._tables, self._whole = None, True
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
@@ -93,13 +104,14 @@ class KVPool:
             raise ValueError(f"sequence {seq} exists already")
         common = [] if source is None else self._sequences[source].pages[: min(shared, self._final(source)) // self.page_size]
         need = self.pages_for(capacity) - len(common)
-        if need > len(self._free):
-            self._grow(self.pages_in_use + need)
+        if (in_use := self.pages_in_use) + need > self.pages:
+            self._grow(in_use + need)
+        self._whole = False
         pages = common + [self._free.pop() for _ in range(need)]
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
         self._sequences[seq] = _Sequence(pages, source=source, shared=shared, common=len(common))
-        self._tables = None
+        self._tables, self._whole = None, True
 
     def inherit(self, seq: int) -> int:
         """`seq` begins with what its source, if it was given one, holds by now; how many tokens that is. A forward of `seq` must follow
@@ -130,8 +142,11 @@ class KVPool:
                 "raise kv_pool, or ask for fewer tokens or sequences at a time"
             )
         target = pages if self.limit is not None else max(pages, self.pages + self.pages // 2)
-        self._free.extend(reversed(self._allocate(target - self.pages)))
+        more = self._allocate(target - self.pages)
+        self._whole = False
+        self._free.extend(reversed(more))
         self.pages = target
+        self._whole = True
 
     def scratch(self, tokens: int) -> list[int]:
         """Pages with room for `tokens` that belong to no sequence and may be written by anyone; beside the pool's size, always the
@@ -150,7 +165,7 @@ class KVPool:
         try:
             for i in range(len(self.pools)):  # one by one: two copies of all pools may not fit
                 new = torch.zeros(target, *self.pools[i].shape[1:], dtype=self.pools[i].dtype, device=self.device)
-                new[:present] = self.pools[i]
+                new[:present] = self.pools[i][:present]  # it may have grown before an interruption
                 self.pools[i] = new
         except RuntimeError as e:
             self.pools = [pool[:present] for pool in self.pools]
@@ -162,9 +177,11 @@ class KVPool:
         sequence = self._sequences.get(seq)
         if sequence is None:
             return
+        self._settle()
         for heir in self._sequences.values():  # what it shares it keeps, if that is written
             if heir.source == seq and (full := heir.common * self.page_size) <= min(sequence.length, self._final(seq)):
                 heir.length, heir.source = full, None
+        self._whole = False
         del self._sequences[seq]
         self._give_back(sequence.pages)
 
@@ -173,6 +190,8 @@ class KVPool:
         sequence = self._sequences[seq]
         used = max([sequence.length, *(self._position(sequence, start) + 1 for start, _ in sequence.moves)])
         kept = self.pages_for(used)
+        self._settle()
+        self._whole = False
         pages, sequence.pages, sequence.fresh = sequence.pages[kept:], sequence.pages[:kept], 0
         self._give_back(pages)
 
@@ -182,7 +201,7 @@ class KVPool:
             if not self._users[page]:
                 del self._users[page]
                 self._free.append(page)
-        self._tables = None
+        self._tables, self._whole = None, True
 
     def _final(self, seq: int) -> int:
         """Positions below this one hold what they will always hold, once they are committed."""

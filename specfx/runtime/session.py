@@ -106,6 +106,7 @@ class Runtime:
         `prompt_length`, or `source` is a sequence of the same prompt, which is added just before this one.
         """
         seq, capacity = next(_ids), prompt_length + max_new_tokens + self.max_nodes + 1
+        self._reserved[seq] = source is not None  # before there is room to give back: Ctrl-C may come at any time
         while True:
             try:
                 if source is None:
@@ -115,8 +116,8 @@ class Runtime:
                 break
             except KVPoolError:
                 if not self.make_room():
+                    del self._reserved[seq]
                     raise
-        self._reserved[seq] = source is not None
         return seq
 
     def add(
@@ -284,13 +285,20 @@ class Runtime:
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
         """Free everything of `seq`, which ended with the tokens `last`; unknown ids are ignored."""
+        self.engine.remove(seq)
+        self.drafter.remove(seq, last)
         self.sequences.pop(seq, None)
         self.kept.pop(seq, None)
         self._reserved.pop(seq, None)
-        self.engine.remove(seq)
-        self.drafter.remove(seq, last)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""
+        try:
+            self._remove_all()
+        except BaseException:  # Ctrl-C once more
+            self._remove_all()
+            raise
+
+    def _remove_all(self) -> None:
         for seq in {*self.sequences, *self._reserved, *self.kept}:
             self.remove(seq)
