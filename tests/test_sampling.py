@@ -51,7 +51,7 @@ def random_keys(rows: int, generator: torch.Generator) -> torch.Tensor:
     return keys
 
 
-def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
     """The probability that counts of these `probs` lie as far off as `counts`, by the chi-square of the cells that expect more than 5."""
     expected = probs * counts.sum()
     used = expected > 5
@@ -98,9 +98,9 @@ def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: in
     keys = torch.tensor([[5, 6, 7]]).repeat(n, 1)
     keys[:, varied] = torch.arange(n)
     counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys), minlength=20)
-    assert chi_square(counts, logits.softmax(0)) > LEAST
+    assert p_value(counts, logits.softmax(0)) > LEAST
     wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
-    assert chi_square(counts, wrong) < LEAST  # the measure would see a difference of a tenth
+    assert p_value(counts, wrong) < LEAST  # the measure would see a difference of a tenth
 
 
 # --- the sampled walk -----------------------------------------------------------------------------------------------------------
@@ -309,8 +309,8 @@ def test_texts_have_the_distribution_of_the_model(
             assert method is None or sum(specfx.stats(small).last.accepted) > n // 40
             assert not specfx.explain(small).stock_calls
             assert not counts[exact == 0].any()
-            assert chi_square(counts, exact) > LEAST
-            assert chi_square(counts, other) < LEAST, "a higher temperature would be seen"
+            assert p_value(counts, exact) > LEAST
+            assert p_value(counts, other) < LEAST, "a higher temperature would be seen"
 
 
 def as_numbers(texts: torch.Tensor) -> torch.Tensor:
