@@ -551,9 +551,10 @@ def test_without_kernels_auto_takes_no_references_on_a_gpu_and_a_named_engine_sa
 
     monkeypatch.setattr(triton_kernels, "register", register)
     _, prepared_, _ = prepared()
+    prepared_._packs = None  # as if none had been looked for
     prepared_._load_kernels(torch.device("cuda"))
     assert [(r.stage, r.reason) for r in prepared_.refusals] == [("cuda kernels", Reason.NO_KERNEL)]
-    prepared_.options = CommonOptions()
+    prepared_.options, prepared_._packs = CommonOptions(), None
     with pytest.raises(LoweringError, match=r"pip install triton.*engine='graph' takes them"):
         prepared_._load_kernels(torch.device("cuda"))
     with pytest.raises(LoweringError, match="no kernels for mps"):

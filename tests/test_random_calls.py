@@ -196,6 +196,7 @@ def prompt_of(call: Call, text: torch.Tensor | None) -> dict[str, torch.Tensor]:
 PHASES = (Phase.explicit, Phase.generate, *([Phase.shrink] if LONG else []))
 
 
+@pytest.mark.timeout(3600 if LONG else 600)
 @settings(max_examples=EXAMPLES, phases=PHASES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(call=calls())
 def test_random_calls(call: Call, models: dict[Any, PreTrainedModel], conversations: Conversations) -> None:

@@ -63,6 +63,7 @@ def random_keys(rows: int, generator: torch.Generator) -> torch.Tensor:
     return keys
 
 
+<<<<<<< HEAD
 def plain(rows: int) -> torch.Tensor:
     """Warps that change nothing."""
     return torch.tensor([Draw(0, 0)[2:]] * rows, dtype=torch.float64)
@@ -92,6 +93,9 @@ def random_warps(rows: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
+=======
+def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
+>>>>>>> h-families
     """The probability that counts of these `probs` lie as far off as `counts`, by the chi-square of the cells that expect more than 5."""
     expected = probs * counts.sum()
     used = expected > 5
@@ -236,10 +240,15 @@ def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: in
     logits = 2 * torch.randn(20, generator=generator)
     keys = torch.tensor([[5, 6, 7]]).repeat(n, 1)
     keys[:, varied] = torch.arange(n)
+<<<<<<< HEAD
     counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys, plain(n)), minlength=20)
     assert chi_square(counts, logits.softmax(0)) > LEAST
+=======
+    counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys), minlength=20)
+    assert p_value(counts, logits.softmax(0)) > LEAST
+>>>>>>> h-families
     wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
-    assert chi_square(counts, wrong) < LEAST  # the measure would see a difference of a tenth
+    assert p_value(counts, wrong) < LEAST  # the measure would see a difference of a tenth
 
 
 # --- the sampled walk -----------------------------------------------------------------------------------------------------------
@@ -449,8 +458,8 @@ def test_texts_have_the_distribution_of_the_model(
             assert method is None or sum(specfx.stats(small).last.accepted) > n // 40
             assert not specfx.explain(small).stock_calls
             assert not counts[exact == 0].any()
-            assert chi_square(counts, exact) > LEAST
-            assert chi_square(counts, other) < LEAST, "a higher temperature would be seen"
+            assert p_value(counts, exact) > LEAST
+            assert p_value(counts, other) < LEAST, "a higher temperature would be seen"
 
 
 def as_numbers(texts: torch.Tensor) -> torch.Tensor:
