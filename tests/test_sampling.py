@@ -63,7 +63,6 @@ def random_keys(rows: int, generator: torch.Generator) -> torch.Tensor:
     return keys
 
 
-<<<<<<< HEAD
 def plain(rows: int) -> torch.Tensor:
     """Warps that change nothing."""
     return torch.tensor([Draw(0, 0)[2:]] * rows, dtype=torch.float64)
@@ -92,10 +91,7 @@ def random_warps(rows: int, generator: torch.Generator) -> torch.Tensor:
     return torch.stack(columns, 1)
 
 
-def chi_square(counts: torch.Tensor, probs: torch.Tensor) -> float:
-=======
 def p_value(counts: torch.Tensor, probs: torch.Tensor) -> float:
->>>>>>> h-families
     """The probability that counts of these `probs` lie as far off as `counts`, by the chi-square of the cells that expect more than 5."""
     expected = probs * counts.sum()
     used = expected > 5
@@ -240,13 +236,8 @@ def test_draws_over_any_part_of_the_key_have_the_softmax_distribution(varied: in
     logits = 2 * torch.randn(20, generator=generator)
     keys = torch.tensor([[5, 6, 7]]).repeat(n, 1)
     keys[:, varied] = torch.arange(n)
-<<<<<<< HEAD
     counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys, plain(n)), minlength=20)
-    assert chi_square(counts, logits.softmax(0)) > LEAST
-=======
-    counts = torch.bincount(keyed_sample(logits.expand(n, 20).contiguous(), keys), minlength=20)
     assert p_value(counts, logits.softmax(0)) > LEAST
->>>>>>> h-families
     wrong = (logits + torch.linspace(0, 0.1, 20)).softmax(0)
     assert p_value(counts, wrong) < LEAST  # the measure would see a difference of a tenth
 
@@ -505,8 +496,8 @@ def test_texts_drawn_in_the_graph_have_the_distribution_of_the_model(
             numbers = (torch.cat(outputs)[:, 5:] * torch.tensor([SMALL**2, SMALL, 1])).sum(1)
             counts = torch.bincount(numbers, minlength=SMALL**3)
             assert not counts[exact == 0].any()
-            assert chi_square(counts, exact) > LEAST
-            assert chi_square(counts, other) < LEAST, "a higher temperature would be seen"
+            assert p_value(counts, exact) > LEAST
+            assert p_value(counts, other) < LEAST, "a higher temperature would be seen"
 
 
 @torch.no_grad()
