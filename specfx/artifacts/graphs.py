@@ -133,8 +133,9 @@ class _Encoder:
     def graph(self, module: fx.GraphModule) -> _Graph:
         index = {node: i for i, node in enumerate(module.graph.nodes)}
         nodes = []
+        refer: Any = lambda n: _Node(index[n])  # noqa: E731
         for node in module.graph.nodes:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Node(index[n]))
+            args, kwargs = fx.map_arg((node.args, node.kwargs), refer)
             target = str(node.target) if node.op in ("placeholder", "get_attr", "output") else node.target
             nodes.append((node.op, node.name, target, args, kwargs, self.value(node.meta.get("val")), _layer(node)))
         packed = module.meta.get("packed", {})

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import types
 from collections.abc import Iterable
@@ -49,7 +50,8 @@ def graph_key(model: PreTrainedModel, options: CommonOptions, drafting: Drafting
 def lowered_key(graph: str, options: CommonOptions) -> str:
     """Of what is lowered from the graph with the key `graph`, with as many threads as torch has now."""
     lowering = sorted({p.name for p in LOWERING} & set(options.disable_passes))
-    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), _compat.inductor_settings())
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    settings = (torch.get_num_threads(), instructions, torch.get_float32_matmul_precision(), _compat.inductor_settings())
     return _digest([graph, str(lowering), *map(str, settings)])
 
 

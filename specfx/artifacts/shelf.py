@@ -122,6 +122,10 @@ class Shelf:
 
         self._tried(keep, Reason.NOT_STORED)
 
+    def discard_graph(self) -> None:
+        """Delete the rewritten graph: it was found to be wrong."""
+        self._tried(lambda: store.discard(self.graph_name), Reason.ARTIFACT_UNUSABLE)
+
     def discard_lowered(self) -> None:
         """Delete the lowered graph: it was found to be wrong."""
         self._tried(lambda: store.discard(self.lowered_name), Reason.ARTIFACT_UNUSABLE)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine
 from specfx.engines.drafting import capture_drafting
 from specfx.engines.eager import EagerEngine
-from specfx.engines.ladder import Job, Ladder, refusal_of, timed
+from specfx.engines.ladder import Job, Ladder, Prove, refusal_of, timed
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import GateError, LoweringError, OptionError, PassError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels
@@ -37,6 +38,9 @@ from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
+
+Rewritten = tuple[fx.GraphModule, tuple[PassRecord, ...]]
+"""A rewritten graph, and what the passes did."""
 
 
 class Prepared:
@@ -155,17 +159,10 @@ class Prepared:
         if mtp_head.name in self.options.disable_passes:
             self._apart[key] = Refusal(stage, Reason.SWITCHED_OFF, f"{mtp_head.name} is named in disable_passes")
             return None
+        rows, plain = drafting.shape.rows, self.module
+        prove = functools.partial(_prove, drafting=drafting)
         try:
-            shelf = self._shelf(model, drafting)
-            stored = shelf.graph(model)
-            module, records = stored or self._stitch(self.module, drafting)
-            rows = drafting.shape.rows
-            prove = functools.partial(_prove, drafting=drafting)
-            shrunken = gate.with_shrunken_windows(module)
-            for call in (on_references(shrunken), shrunken):
-                prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), clone_sharing_storage(model), True)
-            if stored is None:
-                shelf.keep_graph(module, records, model)
+            module, records = self._proven(model, drafting, lambda: self._stitch(plain, drafting), prove)
         except Exception as e:  # drafting beside the graph is slower, not wrong
             self._apart[key] = refusal_of(stage, e, reason=Reason.DRAFTING_APART)
             return None
@@ -175,7 +172,7 @@ class Prepared:
             ladder.compile(self._job(model, drafting))
         return ladder
 
-    def _stitch(self, module: fx.GraphModule, drafting: Drafting) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    def _stitch(self, module: fx.GraphModule, drafting: Drafting) -> Rewritten:
         """`module` with the head behind it, and what the pass did. Raises `CaptureError`, `PassError`."""
         part = capture_drafting(drafting, self.options.page_size)
         result = run_passes(module, DRAFTING, PassContext(self.options.page_size, drafting=part))
@@ -189,24 +186,39 @@ class Prepared:
             return
         self._graph_tried = True
         try:
-            shelf = self._shelf(model, None)
-            with timed(self.seconds, "load"):
-                stored = shelf.graph(model)
-            module, self.records = stored or self._capture(model)
-            self.refusals += [r.refusal for r in self.records if r.refusal is not None]
             self._load_kernels(model.device)
-            with timed(self.seconds, "gate"):
-                stock = clone_sharing_storage(model)
-                shrunken = gate.with_shrunken_windows(module)
-                for call in (on_references(shrunken), shrunken):
-                    _prove(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
+            module, self.records = self._proven(model, None, lambda: self._capture(model), _prove)
+            self.refusals += [r.refusal for r in self.records if r.refusal is not None]
             self.module = module
-            if stored is None:
-                shelf.keep_graph(module, self.records, model)
         except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
             self.refusals.append(refusal_of("graph engine", e))
 
-    def _capture(self, model: PreTrainedModel) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
+    def _proven(self, model: PreTrainedModel, drafting: Drafting | None, make: Callable[[], Rewritten], prove: Prove) -> Rewritten:
+        """The graph from its artifact, or else what `make` makes; proven. Raises as `make` does, and `GateError`."""
+        rows = 0 if drafting is None else drafting.shape.rows
+
+        def check(module: fx.GraphModule) -> None:
+            with timed(self.seconds, "gate" if drafting is None else "gate of the head"):
+                stock, shrunken = clone_sharing_storage(model), gate.with_shrunken_windows(module)
+                for call in (on_references(shrunken), shrunken):
+                    prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), stock, True)
+
+        shelf = self._shelf(model, drafting)
+        with timed(self.seconds, "load"):
+            stored = shelf.graph(model)
+        if stored is not None:
+            try:
+                check(stored[0])
+                return stored
+            except GateError as e:
+                shelf.discard_graph()
+                self.refusals.append(refusal_of("artifacts", e, reason=Reason.ARTIFACT_UNUSABLE))
+        made = make()
+        check(made[0])
+        shelf.keep_graph(*made, model)
+        return made
+
+    def _capture(self, model: PreTrainedModel) -> Rewritten:
         """The rewritten graph, and what the passes did. Raises `CaptureError`, `PassError`."""
         with timed(self.seconds, "capture"):
             captured = capture(model)
