@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.cpu_vec_isa import pick_vec_isa, supported_vec_isa_list
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import specfx
@@ -147,7 +147,7 @@ class Artifact:
         kept.prepare_for_serialization()
         kept._fx_graph_cache_debug_lines = []
         libraries = _libraries(self.compiled.current_callable)
-        return pickle.dumps((kept, libraries, str(pick_vec_isa()) if libraries else ""))
+        return pickle.dumps((kept, libraries, pick_vec_isa() if libraries else None))
 
 
 def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
@@ -159,7 +159,7 @@ def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
     compiled, libraries, instructions = pickle.loads(data)
     _put_libraries(libraries)
     constants = CompiledFxGraphConstants()
-    with _vector_instructions(instructions):
+    with _without_compiler(instructions):
         compiled, _ = FxGraphCache.cache_hit_post_compile(compiled, {}, constants)
     if compiled is None:
         raise OSError("Inductor's cache folder can't be written")
@@ -178,14 +178,15 @@ def _libraries(function: Any) -> dict[str, bytes]:
 
 
 @contextlib.contextmanager
-def _vector_instructions(name: str) -> Iterator[None]:
-    """A block in which Inductor takes the CPU to have the instructions `name`, without the test programs by which it finds out (a second
-    or two; they ran when the artifact was made, on a CPU with the same features), and prepares no header for compiling."""
-    known = next((isa for isa in supported_vec_isa_list if str(isa) == name), None)
-    if known is None:
+def _without_compiler(instructions: Any) -> Iterator[None]:
+    """A block in which Inductor finds C++ libraries by the names that it gave them, without the test programs by which it finds out what
+    vector instructions the CPU has (a second or two; they ran when the artifact was made, on a CPU with the same features) and without
+    preparing headers. instructions: what `pick_vec_isa` found then; None if there are no libraries."""
+    if instructions is None:
         yield
         return
-    with mock.patch("torch._inductor.codecache.pick_vec_isa", return_value=known), config.patch(cpp_cache_precompile_headers=False):
+    chosen = mock.patch("torch._inductor.codecache.pick_vec_isa", return_value=instructions)
+    with chosen, mock.patch("torch._inductor.codecache._precompile_header", return_value=None):
         yield
 
 
