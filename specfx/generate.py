@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
 
 from specfx.drafters.base import Drafter
-from specfx.drafters.make import make_drafter
+from specfx.drafters.make import make_drafter, warm_up
 from specfx.engines.base import Engine
 from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
@@ -75,7 +75,7 @@ class SpeculativeGenerate:
                 self.prepared, self.drafter = Prepared(self.model, self.common), None
             if self.drafter is None:
                 self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
-            return self.prepared.ladder(self.model, self.drafter.drafting)
+            return self.prepared.ladder(self.model, self.drafter.drafting, functools.partial(warm_up, self.drafter.name))
 
     def _stock(self, reason: str) -> None:
         if reason not in self.stock_calls:

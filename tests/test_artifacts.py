@@ -288,7 +288,7 @@ def test_a_graph_with_a_large_tensor_that_is_no_weight_is_not_kept() -> None:
 
 
 def forbid_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specfx.engines.choose.capture", lambda model: pytest.fail("captured"))
+    monkeypatch.setattr("specfx.engines.rewrite.capture", lambda model: pytest.fail("captured"))
 
 
 def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,11 @@ class Shelf:
 
         return self._tried(load, Reason.ARTIFACT_UNUSABLE, self.graph_name)
 
+    def records(self) -> tuple[PassRecord, ...]:
+        """What the passes did to the rewritten graph that is stored."""
+        stored: _StoredGraph | None = self._tried(lambda: store.read(self.graph_name), Reason.ARTIFACT_UNUSABLE)
+        return () if stored is None else stored.records
+
     def keep_graph(self, module: fx.GraphModule, records: tuple[PassRecord, ...], model: PreTrainedModel) -> None:
         """Keep a rewritten graph of `model`."""
         self._tried(
