@@ -36,12 +36,12 @@ def artifacts(
         if shelf.has_lowered():  # another process was quicker
             return seconds
         packs = aside.submit(_packs)  # a C++ compiler works beside the capture
-        warmed = aside.submit(warm_up)
         module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
         if drafting is not None:
             with timed(seconds, "stitching"):
                 module, records = stitch(module, options, drafting)
         shelf.keep_graph(module, records, model)
+        warmed = aside.submit(warm_up)  # not beside `torch.export`, which replaces Python's built-in functions while it traces
         with timed(seconds, "kernels"):
             pack = packs.result()
         with timed(seconds, "compile"):

@@ -10,6 +10,7 @@ low priority, puts the artifacts on the shelf, and proves nothing: whoever takes
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -65,11 +66,11 @@ def fill(
                 env=environment,
                 start_new_session=True,
             )
-            assert child.stdin is not None
-            with child.stdin:
-                child.stdin.write(order)
         except OSError as e:
             raise ArtifactError(f"no process can be started: {e}") from e
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that ended already tells why below
+            child.stdin.write(order)
         while child.poll() is None:  # not `wait`, which nothing could interrupt
             time.sleep(0.05)
         told.seek(0)
