@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specfx.artifacts.graphs import LARGEST_CONSTANT
 from specfx.passes.framework import place_of
-
-_LARGEST_CONSTANT = 1 << 20
 
 
 def dumps(content: Any, modules: Iterable[nn.Module]) -> bytes:
@@ -34,11 +33,11 @@ def loads(data: bytes) -> Any:
 class _Pickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, modules: Iterable[nn.Module]) -> None:
         super().__init__(stream, pickle.HIGHEST_PROTOCOL)
-        self._weights = {id(p) for module in modules for p in module.parameters()}
+        self._weights = {place_of(p) for module in modules for p in module.parameters()}
         for module in modules:
             for part in module.modules():
                 saved = (b for name, b in part._buffers.items() if name not in part._non_persistent_buffers_set)
-                self._weights |= {id(b) for b in saved if b is not None}
+                self._weights |= {place_of(b) for b in saved if b is not None}
         self._objects: dict[int, int] = {}
         self._places: dict[Any, int] = {}
         self._alive: list[Tensor] = []  # an id is of one object only while that is alive
@@ -46,7 +45,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return None
-        if id(value) not in self._weights and value.numel() * value.element_size() <= _LARGEST_CONSTANT:
+        if place_of(value) not in self._weights and value.numel() * value.element_size() <= LARGEST_CONSTANT:
             return None
         self._alive.append(value)
         number = self._objects.setdefault(id(value), len(self._objects))

@@ -163,7 +163,7 @@ class Prepared:
         if not self._compiles or gate.has_windows(model) or not self._shelf(model, drafting).has_lowered():
             return False
         try:
-            self._load_kernels(model.device)
+            self._need_kernels(model.device)
         except LoweringError:  # recorded when the graph is prepared
             return False
         job = self._job(model, drafting)
@@ -202,7 +202,7 @@ class Prepared:
             if self._graph_tried:
                 return
             try:
-                self._load_kernels(model.device)
+                self._need_kernels(model.device)
                 module, self.records = self._proven(model, None, lambda: rewrite(model, self.options, self.seconds), _prove)
                 self.refusals += [r.refusal for r in self.records if r.refusal is not None]
                 self.module = module
@@ -244,13 +244,16 @@ class Prepared:
         rows = 0 if drafting is None else drafting.shape.rows
         return Job(self.options, bool(self._packs), clone_sharing_storage(model), rows, self._shelf(model, drafting))
 
+    def _need_kernels(self, device: torch.device) -> None:
+        """`_load_kernels`, once."""
+        if self._packs is None:
+            self._load_kernels(device)
+
     def _load_kernels(self, device: torch.device) -> None:
         """Replace the ops' references by kernels where they can be had; where not, the references stay in force.
 
         Raises `LoweringError` where they would serve, much too slowly, an engine that nobody asked for by name.
         """
-        if self._packs is not None:
-            return
         try:
             with timed(self.seconds, "kernels"):
                 if device.type == "cpu":
