@@ -11,7 +11,7 @@ from specfx.artifacts import store
 from specfx.artifacts.shelf import Shelf
 from specfx.drafters.mtp import Drafting
 from specfx.engines.compiled import lower
-from specfx.engines.rewrite import Rewritten, rewrite, stitch
+from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
 from specfx.engines.timing import timed
 from specfx.errors import ArtifactError, LoweringError, Refusal
 from specfx.kernels import cpu_build
@@ -58,6 +58,7 @@ def _graph(model: PreTrainedModel, options: CommonOptions, shelf: Shelf, seconds
     stored = shelf.graph(model)
     if stored is None:
         stored = rewrite(model, options, seconds)
+        require_kv(*stored)
         shelf.keep_graph(*stored, model)
     return stored
 

@@ -36,7 +36,7 @@ from specfx.engines.compiled import CompiledEngine
 from specfx.engines.eager import EagerEngine
 from specfx.engines.ladder import Job, Ladder, Prove, refusal_of
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
-from specfx.engines.rewrite import Rewritten, rewrite, stitch
+from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
 from specfx.engines.timing import timed
 from specfx.errors import ArtifactError, GateError, LoweringError, OptionError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels
@@ -203,13 +203,19 @@ class Prepared:
                 return
             try:
                 self._need_kernels(model.device)
-                module, self.records = self._proven(model, None, lambda: rewrite(model, self.options, self.seconds), _prove)
+                module, self.records = self._proven(model, None, lambda: self._rewrite(model), _prove)
                 self.refusals += [r.refusal for r in self.records if r.refusal is not None]
                 self.module = module
             except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
                 self.refusals.append(refusal_of("graph engine", e))
             finally:
                 self._graph_tried = True
+
+    def _rewrite(self, model: PreTrainedModel) -> Rewritten:
+        made = rewrite(model, self.options, self.seconds)
+        self.records = made[1]  # also of a graph that comes to nothing
+        require_kv(*made)
+        return made
 
     def _proven(self, model: PreTrainedModel, drafting: Drafting | None, make: Callable[[], Rewritten], prove: Prove) -> Rewritten:
         """The graph from its artifact, or else what `make` makes; proven. Raises as `make` does, and `GateError`."""

@@ -19,15 +19,12 @@ Rewritten = tuple[fx.GraphModule, tuple[PassRecord, ...]]
 
 
 def rewrite(model: PreTrainedModel, options: CommonOptions, seconds: dict[str, float]) -> Rewritten:
-    """The graph of `model`; seconds: gets those of capture and passes. Raises `CaptureError`, `PassError`."""
+    """The graph of `model`, which may lack a pass (see `require_kv`). seconds: gets those of capture and passes. Raises `CaptureError`."""
     with timed(seconds, "capture"):
         captured = capture(model)
     with timed(seconds, "passes"):
         disabled = [p for p in options.disable_passes if p in {q.name for q in REWRITE}]
         result = run_passes(captured, REWRITE, PassContext(options.page_size), disabled)
-    if not _serves(result.module):
-        failed = result.failed or result.records[-1]
-        raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
     return result.module, result.records
 
 
@@ -40,7 +37,9 @@ def stitch(module: fx.GraphModule, options: CommonOptions, drafting: Drafting) -
     return result.module, result.records
 
 
-def _serves(module: fx.GraphModule) -> bool:
-    """Whether the rewritten graph has a KV: what a switched-off or failed pass may have cost."""
+def require_kv(module: fx.GraphModule, records: tuple[PassRecord, ...]) -> None:
+    """Raise `PassError` for a rewritten graph without a KV: what a switched-off or failed pass may have cost."""
     names = {str(n.target) for n in module.graph.nodes if n.op == "placeholder"}
-    return {"input_ids", "lengths", "k_pages_0"} <= names
+    if not {"input_ids", "lengths", "k_pages_0"} <= names:
+        failed = next((r for r in records if not r.applied), records[-1])
+        raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
