@@ -53,6 +53,7 @@ class SpeculativeGenerate:
         self.drafter, self.prepared = drafter, prepared
         self.stats = Stats()
         self.stock_calls: Counter[str] = Counter()
+        self.first_call: dict[str, float] = {}
         self.lock = threading.RLock()
         self._budgets: weakref.WeakKeyDictionary[Engine, Budget] = weakref.WeakKeyDictionary()
         self.__doc__ = type(model).generate.__doc__
@@ -122,6 +123,10 @@ class SpeculativeGenerate:
                     return stock(**kwargs, custom_generate=_as_method(decode))
             finally:
                 self.stats.record(call)
+                if not self.first_call:
+                    self.first_call = {"first call": call.seconds["total"]}
+                if call.prefills and "first token" not in self.first_call:  # of the first call that stock did not serve
+                    self.first_call["first token"] = call.seconds["prefill"]
 
 
 def _as_method(decode: Any) -> Any:

@@ -384,7 +384,7 @@ def test_a_warm_start_neither_captures_nor_compiles(ready: Path, monkeypatch: py
     model = tiny()
     with_other_values(model)
     report = assert_serves(specfx.speculate(model, "suffix", compile="sync"), "compiled")
-    assert set(report.seconds) == {"kernels", "load", "first use"}
+    assert set(report.seconds) == {"kernels", "load", "first use", "first call", "first token"}
     assert [r.name for r in report.passes][-1] == "regions"
     assert "specfx.tree_attention_" in str(specfx.explain(model, graph=True).graph)
 
