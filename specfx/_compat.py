@@ -7,14 +7,16 @@ import copy
 import hashlib
 import itertools
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
 from torch._inductor import config
 from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import specfx
@@ -144,7 +146,8 @@ class Artifact:
         kept = copy.copy(self.compiled)
         kept.prepare_for_serialization()
         kept._fx_graph_cache_debug_lines = []
-        return pickle.dumps((kept, _libraries(self.compiled.current_callable)))
+        libraries = _libraries(self.compiled.current_callable)
+        return pickle.dumps((kept, libraries, pick_vec_isa() if libraries else None))
 
 
 def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
@@ -153,10 +156,11 @@ def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
     from torch._inductor.output_code import CompiledFxGraphConstants
 
     _prepare_lowerings(module)
-    compiled, libraries = pickle.loads(data)
+    compiled, libraries, instructions = pickle.loads(data)
     _put_libraries(libraries)
     constants = CompiledFxGraphConstants()
-    compiled, _ = FxGraphCache.cache_hit_post_compile(compiled, {}, constants)
+    with _without_compiler(instructions):
+        compiled, _ = FxGraphCache.cache_hit_post_compile(compiled, {}, constants)
     if compiled is None:
         raise OSError("Inductor's cache folder can't be written")
     compiled.post_compile([], constants, compiled.fx_kwargs)
@@ -171,6 +175,19 @@ def _libraries(function: Any) -> dict[str, bytes]:
     modules = (getattr(value, "__self__", None) for value in getattr(function, "__globals__", {}).values())
     files = {Path(file) for module in modules if isinstance(file := getattr(module, "__file__", None), str)}
     return {str(f.relative_to(root)): f.read_bytes() for f in sorted(files) if f.suffix == ".so" and f.is_relative_to(root)}
+
+
+@contextlib.contextmanager
+def _without_compiler(instructions: Any) -> Iterator[None]:
+    """A block in which Inductor finds C++ libraries by the names that it gave them, without the test programs by which it finds out what
+    vector instructions the CPU has (a second or two; they ran when the artifact was made, on a CPU with the same features) and without
+    preparing headers. instructions: what `pick_vec_isa` found then; None if there are no libraries."""
+    if instructions is None:
+        yield
+        return
+    chosen = mock.patch("torch._inductor.codecache.pick_vec_isa", return_value=instructions)
+    with chosen, mock.patch("torch._inductor.codecache._precompile_header", return_value=None):
+        yield
 
 
 def _put_libraries(libraries: Mapping[str, bytes]) -> None:

@@ -117,7 +117,7 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
         pages=pages,
         pages_in_use=in_use,
         page_size=page_size,
-        seconds=prepared.seconds | ladder.seconds,
+        seconds=prepared.seconds | ladder.seconds | wrapper.first_call,
         graph=text,
     )
 

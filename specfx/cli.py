@@ -1,4 +1,4 @@
-"""The command line: `specfx demo`, `specfx export-nextn`, `specfx train mtp` and
+"""The command line: `specfx demo`, `specfx cache info|clear|prebuild`, `specfx export-nextn`, `specfx train mtp` and
 `specfx bench generate|equal|forward|kernels|replay|suffix`.
 
 Only argparse is loaded here; a command imports what it needs when it runs, so that `specfx --help` answers at once. An error that the
@@ -49,6 +49,17 @@ def parser() -> argparse.ArgumentParser:
     demo.set_defaults(command="specfx.demo")
     _add_run_options(demo, dtype="bfloat16", max_new_tokens=128)
     _add_engine(demo)
+
+    cache = commands.add_parser("cache", help="what was captured and compiled for your models, kept on disk")
+    actions = cache.add_subparsers(required=True, metavar="ACTION")
+    for name, text in (("info", "how much there is, and where"), ("clear", "delete it")):
+        actions.add_parser(name, help=text).set_defaults(command="specfx.artifacts.command", action=name)
+    prebuild = actions.add_parser("prebuild", help="capture and compile a model now, so that its next start is quick")
+    prebuild.set_defaults(command="specfx.artifacts.command", action="prebuild")
+    _add_model(prebuild)
+    prebuild.add_argument("--head", metavar="PATH", help='the draft head of the method "mtp"')
+    prebuild.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="default: %(default)s")
+    prebuild.add_argument("--threads", type=_positive, help="CPU threads, as the program that will start has (default: all cores)")
 
     export = commands.add_parser("export-nextn", help="write a checkpoint's MTP heads alone, as SGLang's NextN export does")
     export.set_defaults(command="specfx.drafters.mtp_export")
@@ -190,7 +201,7 @@ def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -
     command.add_argument(
         "--methods",
         default=methods,
-        help="which of none, suffix, mtp (default: %(default)s), with options as in mtp:topk=1:num_steps=4; stock always runs",
+        help="which of none, suffix, mtp (default: %(default)s), with options as in mtp:topk=1:num_steps=4; benches run stock as well",
     )
 
 

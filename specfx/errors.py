@@ -79,7 +79,7 @@ class Reason(enum.Enum):
     RECURRENT_STATES = "this model's states pass from row to row, so its drafts are chains"
     CHAINS_UNVERIFIABLE = "this model can't verify draft chains"
     NOT_ACCELERATED = "this call is not accelerated"
-    ENGINE_NOT_READY = "the compiled engine is still being built"
+    ENGINE_NOT_READY = "the engine is still being built"
     SWITCHED_OFF = "switched off by the user"
     DRAFTS_CHAINS = "this head drafts chains only"
     DRAFTING_APART = "drafting is not part of the graph"
@@ -87,6 +87,7 @@ class Reason(enum.Enum):
     NO_NUMBA = "Numba is not installed"
     WEIGHTS_NOT_PACKED = "weights not packed"
     ARTIFACT_UNUSABLE = "a stored artifact can't be used"
+    WORKER_FAILED = "the process that compiles in the background failed, so this one does it"
     NOT_STORED = "an artifact can't be stored"
     NOT_RECORDED = "steps are not replayed as CUDA graphs"
 

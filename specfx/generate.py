@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
 
 from specfx.drafters.base import Drafter
-from specfx.drafters.make import make_drafter
+from specfx.drafters.make import make_drafter, warm_up
 from specfx.engines.base import Engine
 from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
@@ -54,6 +54,7 @@ class SpeculativeGenerate:
         self.drafter, self.prepared = drafter, prepared
         self.stats = Stats()
         self.stock_calls: Counter[str] = Counter()
+        self.first_call: dict[str, float] = {}
         self.lock = threading.RLock()
         self._budgets: weakref.WeakKeyDictionary[Engine, Budget] = weakref.WeakKeyDictionary()
         self.__doc__ = type(model).generate.__doc__
@@ -76,7 +77,7 @@ class SpeculativeGenerate:
                 self.prepared, self.drafter = Prepared(self.model, self.common), None
             if self.drafter is None:
                 self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
-            return self.prepared.ladder(self.model, self.drafter.drafting)
+            return self.prepared.ladder(self.model, self.drafter.drafting, functools.partial(warm_up, self.drafter.name))
 
     def _stock(self, reason: str) -> None:
         if reason not in self.stock_calls:
@@ -123,6 +124,10 @@ class SpeculativeGenerate:
                     return stock(**kwargs, custom_generate=_as_method(decode))
             finally:
                 self.stats.record(call)
+                if not self.first_call:
+                    self.first_call = {"first call": call.seconds["total"]}
+                if call.prefills and "first token" not in self.first_call:  # of the first call that stock did not serve
+                    self.first_call["first token"] = call.seconds["prefill"]
 
 
 def _as_method(decode: Any) -> Any:

@@ -33,8 +33,9 @@ class CommonOptions:
 
     engine: which engine to prefer; "auto" takes the compiled one. An engine that can't be had, or not yet, is stood in for by the next
     (compiled, graph, eager), with the reason in the report; `kv_pool`, `page_size`, `disable_passes` and `cuda_graphs` are of the first
-    two. compile: "background" serves from the graph engine until the artifact is ready, "sync" waits in `speculate`, "off" never
-    compiles. num_speculative_tokens: most nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
+    two. compile: "background" returns at once: the stock `generate` serves until the compiled engine is ready (on a GPU, and with
+    SPECFX_NO_ARTIFACTS, the graph engine does); "sync" waits in `speculate`; "off" never compiles. num_speculative_tokens: most
+    nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
     kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of
     free memory). page_size: tokens a page. disable_passes: names of passes to leave out. cuda_graphs: on a GPU, replay steps as CUDA
     graphs. max_autotune: compile each size of those steps by itself, tuned by measuring, which takes a minute or more when it is first

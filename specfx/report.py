@@ -11,10 +11,12 @@ from specfx.passes.framework import PassRecord
 
 @dataclass(frozen=True)
 class Report:
-    """engine: "compiled", "graph" or "eager"; verifies: "trees", "chains" or "nothing" (then stock `generate` serves).
+    """engine: "compiled", "graph", "eager", or "stock" while the first is being prepared; verifies: "trees", "chains" or "nothing" (then
+    stock `generate` serves).
 
     passes: one record each, in order. refusals: why faster paths were not taken. stock_calls: how many `generate` calls went to the stock
-    method, by reason. packed_bytes: memory of the packed weights. pages, pages_in_use: the KV pool. seconds: preparation by stage.
+    method, by reason. packed_bytes: memory of the packed weights. pages, pages_in_use: the KV pool. seconds: preparation by stage,
+    and the first call.
     graph: the rewritten graph in normal form (only with ``graph=True``).
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import specfx.artifacts.command
 import specfx.bench.equal
 import specfx.bench.forward
 import specfx.bench.generate
@@ -50,6 +51,16 @@ def test_every_argument_reaches_its_command(name: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(module, "run", lambda **options: received.update(options) or 0)
     assert cli.main(arguments) == 0
     assert set(received) == expected
+
+
+def test_cache_commands_reach_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[dict[str, Any]] = []
+    monkeypatch.setattr(specfx.artifacts.command, "run", lambda **options: received.append(options) or 0)
+    for arguments in (["info"], ["clear"], ["prebuild", "--model", "m", "--methods", "mtp", "--threads", "2"]):
+        assert cli.main(["cache", *arguments]) == 0
+    assert [r.pop("action") for r in received] == ["info", "clear", "prebuild"]
+    assert set(received[2]) == set(inspect.signature(specfx.artifacts.command.prebuild).parameters)
+    assert received[:2] == [{}, {}]
 
 
 @pytest.mark.parametrize("arguments", [[], ["bench"], ["nonsense"], ["demo", "--engine", "warp"], ["demo", "--max-new-tokens", "0"]])

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 import specfx
 from specfx.drafters.mtp_head import MtpHead, save_head
-from specfx.engines import choose
+from specfx.engines import rewrite
 from specfx.errors import (
     HeadError,
     KVPoolError,
@@ -89,9 +89,9 @@ def assert_refused(model: PreTrainedModel, stage: str, reason: Reason, words: st
 
 def passes_with(monkeypatch: pytest.MonkeyPatch, name: str, run: Callable[..., int] | None = None, **changes: Any) -> None:
     """Put another `run` into the rewrite pass called `name`."""
-    replaced = tuple(dataclasses.replace(p, run=run or p.run, **changes) if p.name == name else p for p in choose.REWRITE)
-    assert replaced != choose.REWRITE
-    monkeypatch.setattr(choose, "REWRITE", replaced)
+    replaced = tuple(dataclasses.replace(p, run=run or p.run, **changes) if p.name == name else p for p in rewrite.REWRITE)
+    assert replaced != rewrite.REWRITE
+    monkeypatch.setattr(rewrite, "REWRITE", replaced)
 
 
 def raising(module: fx.GraphModule, context: PassContext) -> int:
@@ -99,7 +99,7 @@ def raising(module: fx.GraphModule, context: PassContext) -> int:
     raise ZeroDivisionError("in the middle of a pass")
 
 
-@pytest.mark.parametrize("name", [p.name for p in choose.REWRITE])
+@pytest.mark.parametrize("name", [p.name for p in rewrite.REWRITE])
 def test_a_pass_that_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passes_with(monkeypatch, name, raising)
     model = wrapped()
@@ -158,7 +158,7 @@ def test_a_pass_that_corrupts_the_graph_is_refused_by_the_gate(
         return 1
 
     broken = Pass("broken", run, lambda module, context: None)
-    monkeypatch.setattr(choose, "REWRITE", (*choose.REWRITE, broken))
+    monkeypatch.setattr(rewrite, "REWRITE", (*rewrite.REWRITE, broken))
     model = wrapped()
     assert next(r for r in specfx.explain(model).passes if r.name == "broken").applied
     assert_refused(model, "graph engine", Reason.GATE_FAILED, "" if corrupt is not wrong_shape else "Error")

@@ -577,7 +577,7 @@ def test_compiled_code_is_kept_in_a_folder_of_its_sources(tmp_path: Path, monkey
 def test_sixty_thousand_tokens_in_a_small_cache() -> None:
     """Four requests at a time write copies, edits and news. The counts stay exact, and the memory is what it was in the first half."""
     rng = random.Random(0)
-    source = words("tests/test_kernels.py", 6000) + [token + 5000 for token in words("tests/test_api.py", 6000)]
+    source = words("tests/test_kernels.py", 6000) + [token + 5000 for token in words("tests/suffix_oracle.py", 6000)]
     drafter = SuffixDrafter(SuffixOptions(max_cached_tokens=2000, max_tree_depth=16), 15)
     rest: dict[int, Stream] = {}
     written = drafted = 0

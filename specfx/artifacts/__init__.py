@@ -7,6 +7,7 @@
    that start or die at any moment leave whole files, and each carries a checksum. A file that can't be used is built anew.
 4. `shelf` puts the two artifacts of a structure there: the graph as the rewrite passes leave it (``.graph``), and the lowered graph with
    what Inductor made of it (``.lowered``).
+5. `worker` starts a process that fills the shelf in the background: it is sent a `skeleton` of the model, and `build` is what it does.
 
 An artifact is as trustworthy as the folder that it lies in (files are pickles, as Inductor's own are), and proves nothing: the acceptance
 gate runs in each process on the engine that is to serve.

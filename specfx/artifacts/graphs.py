@@ -23,7 +23,7 @@ from specfx import _compat
 from specfx.errors import ArtifactError
 from specfx.passes.framework import attribute, fake_mode_of, place_of
 
-_LARGEST_CONSTANT = 1 << 20
+LARGEST_CONSTANT = 1 << 20
 """Bytes of a tensor without a name that is kept with its values."""
 
 Places = Mapping[tuple[Any, ...], str]
@@ -150,7 +150,7 @@ class _Encoder:
             return _Packed(tuple(self._places[place_of(weight)] for weight in packed_from))
         if (name := self._places.get(place_of(value))) is not None:
             return _Weight(name)
-        if value.numel() * value.element_size() > _LARGEST_CONSTANT:
+        if value.numel() * value.element_size() > LARGEST_CONSTANT:
             raise ArtifactError(f"the graph holds a tensor {list(value.shape)} that is no weight of the model")
         return value.detach().cpu().clone()
 

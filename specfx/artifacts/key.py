@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import types
 from collections.abc import Iterable
@@ -23,6 +24,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import specfx
 from specfx import _compat
+from specfx.artifacts.graphs import LARGEST_CONSTANT
 from specfx.drafters.mtp import Drafting
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
@@ -35,8 +37,6 @@ _NOT_STRUCTURE = {
 }
 """Attributes of modules that say nothing of what a capture of it looks like (parameters and so on are described apart)."""
 _NOT_CONFIGURATION = {"_name_or_path", "transformers_version"}
-_LARGEST_VALUE = 1 << 20
-"""Bytes of a constant up to which all of it counts; of larger ones, 4096 numbers."""
 
 
 def graph_key(model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None = None) -> str:
@@ -49,7 +49,8 @@ def graph_key(model: PreTrainedModel, options: CommonOptions, drafting: Drafting
 def lowered_key(graph: str, options: CommonOptions) -> str:
     """Of what is lowered from the graph with the key `graph`, with as many threads as torch has now."""
     lowering = sorted({p.name for p in LOWERING} & set(options.disable_passes))
-    settings = (torch.get_num_threads(), torch.get_float32_matmul_precision(), _compat.inductor_settings())
+    instructions = os.environ.get("ATEN_CPU_CAPABILITY", "")
+    settings = (torch.get_num_threads(), instructions, torch.get_float32_matmul_precision(), _compat.inductor_settings())
     return _digest([graph, str(lowering), *map(str, settings)])
 
 
@@ -174,7 +175,8 @@ def _configuration(config: PretrainedConfig) -> str:
 
 
 def _values(tensor: Tensor) -> str:
+    """Of a tensor that a graph may take up as a constant; larger ones are kept by name or not at all."""
+    if tensor.numel() * tensor.element_size() > LARGEST_CONSTANT:
+        return ""
     flat = tensor.detach().reshape(-1).contiguous()
-    if flat.numel() * flat.element_size() > _LARGEST_VALUE:
-        flat = flat[:: max(1, flat.numel() // 4096)].contiguous()
     return hashlib.sha256(flat.cpu().view(torch.uint8).numpy().tobytes()).hexdigest() if flat.numel() else ""

@@ -82,6 +82,11 @@ class Shelf:
 
         return self._tried(load, Reason.ARTIFACT_UNUSABLE, self.graph_name)
 
+    def records(self) -> tuple[PassRecord, ...]:
+        """What the passes did to the rewritten graph that is stored."""
+        stored: _StoredGraph | None = self._tried(lambda: store.read(self.graph_name), Reason.ARTIFACT_UNUSABLE)
+        return () if stored is None else stored.records
+
     def keep_graph(self, module: fx.GraphModule, records: tuple[PassRecord, ...], model: PreTrainedModel) -> None:
         """Keep a rewritten graph of `model`."""
         self._tried(
@@ -121,6 +126,10 @@ class Shelf:
             store.write(self.lowered_name, _StoredLowered(data, inductor, lowered.records, packs))
 
         self._tried(keep, Reason.NOT_STORED)
+
+    def discard_graph(self) -> None:
+        """Delete the rewritten graph: it was found to be wrong."""
+        self._tried(lambda: store.discard(self.graph_name), Reason.ARTIFACT_UNUSABLE)
 
     def discard_lowered(self) -> None:
         """Delete the lowered graph: it was found to be wrong."""

@@ -7,12 +7,19 @@ import io
 import os
 import pickle
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from specfx.cache import cache_dir
 from specfx.errors import ArtifactError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes may do the same work at once
+    fcntl = None  # type: ignore[assignment]
 
 _MAGIC = b"specfx artifact 1\n"
 _DIGEST = hashlib.sha256().digest_size
@@ -85,6 +92,20 @@ def discard(name: str) -> None:
         (folder() / name).unlink(missing_ok=True)
     except OSError as e:
         raise ArtifactError(f"{folder() / name} can't be used, and can't be deleted: {e}") from e
+
+
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """A block that one process at a time is in, for each `name`; the lock of a process that dies is free. Raises `ArtifactError`."""
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        file = (folder() / f"{name}.lock{_PARTIAL}").open("w")
+    except OSError as e:
+        raise ArtifactError(f"nothing can be kept in {folder()}: {e}; set SPECFX_CACHE") from e
+    with file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def stored() -> list[Stored]:

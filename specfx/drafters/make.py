@@ -9,17 +9,26 @@ from transformers import PreTrainedModel
 from specfx.drafters.base import Drafter, NoDrafter
 from specfx.options import CommonOptions, MtpOptions, SuffixOptions
 
+SUFFIX = "suffix"
+
 
 def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Drafter:
     """The drafter that the method's options `own` describe, for the target `model`. Raises `HeadError` for a head that doesn't fit,
     `SuffixCacheError` for a suffix cache that can't be loaded."""
     if isinstance(own, SuffixOptions):
-        from specfx.drafters.suffix import SuffixDrafter, prepare
+        from specfx.drafters.suffix import SuffixDrafter
 
-        prepare()
         return SuffixDrafter(own, common.num_speculative_tokens, model.config.get_text_config().vocab_size)
     if isinstance(own, MtpOptions):
         from specfx.drafters.mtp import load_drafter
 
         return load_drafter(own, common.num_speculative_tokens, model)
     return NoDrafter()
+
+
+def warm_up(name: str) -> None:
+    """Compile or load the code of the drafter `name` now rather than in the middle of a generation."""
+    if name == SUFFIX:
+        from specfx.drafters.suffix import prepare
+
+        prepare()

@@ -86,7 +86,7 @@ class RowsOutput:
 
 class Engine(Protocol):
     name: str
-    """"compiled", "graph" or "eager"."""
+    """"compiled", "graph", "eager", or "stock" where one of them is still to come."""
     verifies: str
     """What it can verify: "trees", "chains" or "nothing" (then the stock `generate` serves the call)."""
 

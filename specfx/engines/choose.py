@@ -3,18 +3,23 @@
     capture -> rewrite passes -> gate on the references -> graph engine -> Inductor -> gate -> compiled engine
 
 Where a stage fails, its typed reason is recorded and the last engine that was proven serves; if there is none, the eager engine does.
-With ``compile="background"`` the graph engine serves until the compiled one is ready, and the switch happens between two calls. On a GPU
-the engine that serves when nothing is being compiled replays its steps as CUDA graphs, proven like the rest.
+On a GPU the engine that serves when nothing is being compiled replays its steps as CUDA graphs, proven like the rest.
 
 What a process before this one captured and compiled for a model of the same structure is taken from the disk (`specfx.artifacts`). Where
 the compiled engine can be had so, it is loaded and proven alone; but a model with sliding windows, which the compiled engine's comparison
 is too short to cross, has its graph proven first.
+
+With ``compile="background"`` the stock `generate` serves until an engine is ready, and the switch happens between two calls. A process of
+its own captures and compiles, and puts artifacts on the disk (`specfx.artifacts.worker`); a thread of this one takes and proves them. Where
+that can't be done (no artifacts, a GPU), capture happens at once, the graph engine serves, and the thread compiles; where the process
+fails, the thread does all.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,21 +27,27 @@ from torch import fx
 from transformers import PreTrainedModel
 
 from specfx import gate
+from specfx.artifacts import shelf, worker
 from specfx.artifacts.shelf import Shelf
-from specfx.capture import Fingerprint, capture, clone_sharing_storage
+from specfx.capture import Fingerprint, clone_sharing_storage
 from specfx.drafters.mtp import Drafting
 from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine
-from specfx.engines.drafting import capture_drafting
 from specfx.engines.eager import EagerEngine
-from specfx.engines.ladder import Job, Ladder, refusal_of, timed
+from specfx.engines.ladder import Job, Ladder, Prove, refusal_of
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
-from specfx.errors import GateError, LoweringError, OptionError, PassError, Reason, Refusal
+from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
+from specfx.engines.timing import timed
+from specfx.errors import ArtifactError, GateError, LoweringError, OptionError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels
 from specfx.options import CommonOptions
-from specfx.passes.framework import PassContext, PassRecord, run_passes
+from specfx.passes.framework import PassRecord
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
+
+
+def _nothing() -> None:
+    pass
 
 
 class Prepared:
@@ -48,39 +59,40 @@ class Prepared:
 
     def __init__(self, model: PreTrainedModel, options: CommonOptions) -> None:
         self.options = options
-        self.lock = threading.RLock()  # held while a call uses the engines, whichever wrapper it came through
+        self.lock = threading.RLock()  # held while a call uses the engines, whichever wrapper it came through, and while a model is traced
         self.fingerprint = Fingerprint.of(model)
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
         self.seconds: dict[str, float] = {}
         self.module: fx.GraphModule | None = None
+        self._graph_lock = threading.Lock()  # held while the graph without a head is made
         self._graph_tried = False
         self._packs: bool | None = None
         self._ladders: dict[tuple[Any, ...] | None, Ladder] = {}
         self._apart: dict[tuple[Any, ...], Refusal] = {}
         self._eager: Ladder | None = None
+        self._compiles = options.engine in ("auto", "compiled") and options.compile != "off"
+        self._aside = self._compiles and options.compile == "background" and shelf.in_use() and model.device.type == "cpu"
         _check_pass_names(options.disable_passes)
-        if options.engine == "eager":
-            self._fall_back(model)
-            return
-        try:
-            gate.refuse_by_name(model.config)
-        except GateError as e:
-            self.refusals.append(refusal_of("graph engine", e))
-            self._fall_back(model)
-            return
-        if not self._compiles:
-            self._prepare_graph(model)
+        if options.engine != "eager":
+            try:
+                gate.refuse_by_name(model.config)
+            except GateError as e:
+                self.refusals.append(refusal_of("graph engine", e))
+            else:
+                if not self._compiles:
+                    self._prepare_graph(model)
+                return
+        self._fall_back(Ladder(), model)
 
-    @property
-    def _compiles(self) -> bool:
-        return self.options.engine in ("auto", "compiled") and self.options.compile != "off"
-
-    def ladder(self, model: PreTrainedModel, drafting: Drafting | None = None) -> Ladder:
-        """The engines that serve `model` now, with a head stitched in where that can be done; else the drafter drafts beside them."""
+    def ladder(self, model: PreTrainedModel, drafting: Drafting | None = None, warm_up: Callable[[], None] = _nothing) -> Ladder:
+        """The engines that serve `model` now, with a head stitched in where that can be done; else the drafter drafts beside them.
+        warm_up: compiles the drafter's own code, if that is still to be done; picklable."""
         with self.lock:
-            ladder = self._ladder(model, drafting)
+            ladder = self._ladder(model, drafting, warm_up)
             ladder.follow(self.fingerprint)
+            if ladder.engine.name != "stock":
+                warm_up()
             if self.options.cuda_graphs and model.device.type == "cuda":
                 ladder.replay(functools.partial(clone_sharing_storage, model), max_autotune=self.options.max_autotune)
             return ladder
@@ -92,35 +104,144 @@ class Prepared:
     def graph(self, model: PreTrainedModel, drafting: Drafting | None) -> fx.GraphModule | None:
         """The rewritten graph that the ladder for `drafting` is over; None if there is none."""
         with self.lock:
-            ladder = self._ladder(model, drafting)
-            if ladder.module is None and ladder is not self._eager:  # its engine came from an artifact
+            ladder = self._ladder(model, drafting, _nothing)
+            if ladder.module is None and isinstance(ladder.engine, PagedEngine):  # it came from an artifact
                 stitched = None if drafting is None or drafting.key in self._apart else drafting
                 if (stored := self._shelf(model, stitched).graph(model)) is not None:
                     ladder.module = stored[0]
             return ladder.module
 
-    def _ladder(self, model: PreTrainedModel, drafting: Drafting | None) -> Ladder:
+    def _ladder(self, model: PreTrainedModel, drafting: Drafting | None, warm_up: Callable[[], None]) -> Ladder:
         if self._eager is not None:
             return self._eager
-        key = None if drafting is None or drafting.key in self._apart else drafting.key
+        wanted = None if drafting is None or drafting.key in self._apart else drafting
+        key = None if wanted is None else wanted.key
         if key not in self._ladders:
-            ladder = self._from_artifact(model, drafting if key is not None else None)
-            if ladder is None:
-                self._prepare_graph(model)
-                if self.module is None:
-                    return self._fall_back(model)
-                ladder = self._plain(model) if drafting is None or key is None else self._stitched(model, drafting)
-            if ladder is None:  # the head stays apart
-                return self._ladder(model, None)
-            self._ladders[key] = ladder
-        return self._ladders[key]
+            ladder = self._ladders[key] = Ladder()
+            if self._aside:  # (on a clone, since the user's model may be changed or go meanwhile)
+                ladder.begin(functools.partial(self._fill_and_build, ladder, clone_sharing_storage(model), wanted, warm_up))
+            else:
+                self._build(ladder, model, wanted)
+        return self._eager or self._ladders[None if key in self._apart else key]
 
-    def _fall_back(self, model: PreTrainedModel) -> Ladder:
+    def _fill_and_build(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None, warm_up: Callable[[], None]) -> None:
+        """Put engines on `ladder`, after another process has made the artifacts that are missing."""
+        place = self._shelf(model, drafting)
+        if not place.has_lowered():
+            try:
+                with timed(ladder.seconds, "worker"):
+                    spent = worker.fill(model, self.options, drafting, place, warm_up)
+                ladder.seconds |= {f"worker's {stage}": seconds for stage, seconds in spent.items()}
+            except ArtifactError as e:
+                self.refusals.append(refusal_of("worker", e, reason=Reason.WORKER_FAILED))
+        warm_up()
+        self._build(ladder, model, drafting)
+
+    def _build(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None) -> None:
+        """Put engines on `ladder`: the compiled one from its artifact alone, or those over a proven graph, or the eager one."""
+        if self._load(ladder, model, drafting):
+            return
+        self._prepare_graph(model)
+        if self.module is None:
+            self._fall_back(ladder, model)
+        elif drafting is None:
+            self._climb(ladder, model, self.module, None, _prove)
+        elif not self._climb_stitched(ladder, model, self.module, drafting):  # the head stays apart
+            plain = self._ladders.setdefault(None, ladder)
+            if plain is ladder:
+                self._build(ladder, model, None)
+
+    def _fall_back(self, ladder: Ladder, model: PreTrainedModel) -> None:
         with timed(self.seconds, "eager"):
             eager = EagerEngine(model)
         self.refusals += eager.refusals
-        self._eager = Ladder(eager)
-        return self._eager
+        ladder.put(eager)
+        self._eager = ladder
+
+    def _load(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None) -> bool:
+        """Whether the compiled engine could be had from its artifact alone; it is on `ladder` then."""
+        if not self._compiles or gate.has_windows(model) or not self._shelf(model, drafting).has_lowered():
+            return False
+        try:
+            self._need_kernels(model.device)
+        except LoweringError:  # recorded when the graph is prepared
+            return False
+        job = self._job(model, drafting)
+        if not ladder.load(job, functools.partial(_prove, drafting=drafting), self.refusals.append):
+            return False
+        self.records = self._shelf(model, None).records()
+        if drafting is not None:
+            ladder.records = (*job.shelf.records(), *ladder.records)
+        return True
+
+    def _climb(self, ladder: Ladder, model: PreTrainedModel, module: fx.GraphModule, drafting: Drafting | None, prove: Prove) -> None:
+        """The engines over `module`, which is proven."""
+        rows = 0 if drafting is None else drafting.shape.rows
+        ladder.put(graph_engine(module, self.options.kv_pool, model.device, rows), module, prove)
+        if self._compiles:
+            ladder.compile(self._job(model, drafting))
+
+    def _climb_stitched(self, ladder: Ladder, model: PreTrainedModel, plain: fx.GraphModule, drafting: Drafting) -> bool:
+        """The engines over `plain` with the head stitched in; False if that can't be done: then `apart` tells the reason."""
+        stage, key = "mtp drafting", drafting.key
+        if mtp_head.name in self.options.disable_passes:
+            self._apart[key] = Refusal(stage, Reason.SWITCHED_OFF, f"{mtp_head.name} is named in disable_passes")
+            return False
+        prove = functools.partial(_prove, drafting=drafting)
+        try:
+            module, ladder.records = self._proven(model, drafting, lambda: stitch(plain, self.options, drafting), prove)
+        except Exception as e:  # drafting beside the graph is slower, not wrong
+            self._apart[key] = refusal_of(stage, e, reason=Reason.DRAFTING_APART)
+            return False
+        self._climb(ladder, model, module, drafting, prove)
+        return True
+
+    def _prepare_graph(self, model: PreTrainedModel) -> None:
+        """The rewritten graph, proven, as `module`; else why there is none."""
+        with self._graph_lock:
+            if self._graph_tried:
+                return
+            try:
+                self._need_kernels(model.device)
+                module, self.records = self._proven(model, None, lambda: self._rewrite(model), _prove)
+                self.refusals += [r.refusal for r in self.records if r.refusal is not None]
+                self.module = module
+            except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
+                self.refusals.append(refusal_of("graph engine", e))
+            finally:
+                self._graph_tried = True
+
+    def _rewrite(self, model: PreTrainedModel) -> Rewritten:
+        made = rewrite(model, self.options, self.seconds)
+        self.records = made[1]  # also of a graph that comes to nothing
+        require_kv(*made)
+        return made
+
+    def _proven(self, model: PreTrainedModel, drafting: Drafting | None, make: Callable[[], Rewritten], prove: Prove) -> Rewritten:
+        """The graph from its artifact, or else what `make` makes; proven. Raises as `make` does, and `GateError`."""
+        rows = 0 if drafting is None else drafting.shape.rows
+
+        def check(module: fx.GraphModule) -> None:
+            with timed(self.seconds, "gate"):
+                stock, shrunken = clone_sharing_storage(model), gate.with_shrunken_windows(module)
+                for call in (on_references(shrunken), shrunken):
+                    prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), stock, True)
+
+        place = self._shelf(model, drafting)
+        with timed(self.seconds, "load"):
+            stored = place.graph(model)
+        if stored is not None:
+            try:
+                check(stored[0])
+                return stored
+            except GateError as e:
+                place.discard_graph()
+                self.refusals.append(refusal_of("artifacts", e, reason=Reason.ARTIFACT_UNUSABLE))
+        with self.lock:  # tracing changes what transformers does in other threads
+            made = make()
+        check(made[0])
+        place.keep_graph(*made, model)
+        return made
 
     def _shelf(self, model: PreTrainedModel, drafting: Drafting | None) -> Shelf:
         return Shelf(model, self.options, drafting, self.refusals.append)
@@ -129,103 +250,16 @@ class Prepared:
         rows = 0 if drafting is None else drafting.shape.rows
         return Job(self.options, bool(self._packs), clone_sharing_storage(model), rows, self._shelf(model, drafting))
 
-    def _from_artifact(self, model: PreTrainedModel, drafting: Drafting | None) -> Ladder | None:
-        """A ladder with the compiled engine from an artifact alone, or None."""
-        if not self._compiles or gate.has_windows(model) or not self._shelf(model, drafting).has_lowered():
-            return None
-        try:
-            self._load_kernels(model.device)
-        except LoweringError:  # recorded when the graph is prepared
-            return None
-        prove = functools.partial(_prove, drafting=drafting)
-        return Ladder.from_artifact(self._job(model, drafting), prove, self.refusals.append)
-
-    def _plain(self, model: PreTrainedModel) -> Ladder:
-        """A ladder over the graph without a head."""
-        assert self.module is not None
-        ladder = Ladder(graph_engine(self.module, self.options.kv_pool, model.device), self.module, _prove)
-        if self._compiles:
-            ladder.compile(self._job(model, None))
-        return ladder
-
-    def _stitched(self, model: PreTrainedModel, drafting: Drafting) -> Ladder | None:
-        """A ladder with the head in its graph, or None: then `apart` tells the reason."""
-        assert self.module is not None
-        stage, key = "mtp drafting", drafting.key
-        if mtp_head.name in self.options.disable_passes:
-            self._apart[key] = Refusal(stage, Reason.SWITCHED_OFF, f"{mtp_head.name} is named in disable_passes")
-            return None
-        try:
-            shelf = self._shelf(model, drafting)
-            stored = shelf.graph(model)
-            module, records = stored or self._stitch(self.module, drafting)
-            rows = drafting.shape.rows
-            prove = functools.partial(_prove, drafting=drafting)
-            shrunken = gate.with_shrunken_windows(module)
-            for call in (on_references(shrunken), shrunken):
-                prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), clone_sharing_storage(model), True)
-            if stored is None:
-                shelf.keep_graph(module, records, model)
-        except Exception as e:  # drafting beside the graph is slower, not wrong
-            self._apart[key] = refusal_of(stage, e, reason=Reason.DRAFTING_APART)
-            return None
-        ladder = Ladder(graph_engine(module, self.options.kv_pool, model.device, rows), module, prove)
-        ladder.records = records
-        if self._compiles:
-            ladder.compile(self._job(model, drafting))
-        return ladder
-
-    def _stitch(self, module: fx.GraphModule, drafting: Drafting) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
-        """`module` with the head behind it, and what the pass did. Raises `CaptureError`, `PassError`."""
-        part = capture_drafting(drafting, self.options.page_size)
-        result = run_passes(module, DRAFTING, PassContext(self.options.page_size, drafting=part))
-        if (refused := result.records[-1].refusal) is not None:
-            raise PassError(refused.detail)
-        return result.module, result.records
-
-    def _prepare_graph(self, model: PreTrainedModel) -> None:
-        """The rewritten graph, proven, as `module`; else why there is none."""
-        if self._graph_tried:
-            return
-        self._graph_tried = True
-        try:
-            shelf = self._shelf(model, None)
-            with timed(self.seconds, "load"):
-                stored = shelf.graph(model)
-            module, self.records = stored or self._capture(model)
-            self.refusals += [r.refusal for r in self.records if r.refusal is not None]
-            self._load_kernels(model.device)
-            with timed(self.seconds, "gate"):
-                stock = clone_sharing_storage(model)
-                shrunken = gate.with_shrunken_windows(module)
-                for call in (on_references(shrunken), shrunken):
-                    _prove(PagedEngine("graph", shrunken, call, "auto", model.device), stock)
-            self.module = module
-            if stored is None:
-                shelf.keep_graph(module, self.records, model)
-        except Exception as e:  # nothing that goes wrong here may cost the user more than the engine
-            self.refusals.append(refusal_of("graph engine", e))
-
-    def _capture(self, model: PreTrainedModel) -> tuple[fx.GraphModule, tuple[PassRecord, ...]]:
-        """The rewritten graph, and what the passes did. Raises `CaptureError`, `PassError`."""
-        with timed(self.seconds, "capture"):
-            captured = capture(model)
-        with timed(self.seconds, "passes"):
-            rewrite = [p for p in self.options.disable_passes if p in {q.name for q in REWRITE}]
-            result = run_passes(captured, REWRITE, PassContext(self.options.page_size), rewrite)
-        if not _serves(result.module):
-            self.records = result.records
-            failed = result.failed or result.records[-1]
-            raise PassError(f"{failed.name}: {failed.refusal.detail if failed.refusal else 'did not apply'}")
-        return result.module, result.records
+    def _need_kernels(self, device: torch.device) -> None:
+        """`_load_kernels`, once."""
+        if self._packs is None:
+            self._load_kernels(device)
 
     def _load_kernels(self, device: torch.device) -> None:
         """Replace the ops' references by kernels where they can be had; where not, the references stay in force.
 
         Raises `LoweringError` where they would serve, much too slowly, an engine that nobody asked for by name.
         """
-        if self._packs is not None:
-            return
         try:
             with timed(self.seconds, "kernels"):
                 if device.type == "cpu":
@@ -263,12 +297,6 @@ def _prove(engine: Engine, stock: PreTrainedModel, shrink_windows: bool = True, 
         raise
     except Exception as e:
         raise GateError(f"{type(e).__name__}: {' '.join(str(e).split())[:400]}") from e
-
-
-def _serves(module: fx.GraphModule) -> bool:
-    """Whether the rewritten graph has a KV: what a switched-off or failed pass may have cost."""
-    names = {str(n.target) for n in module.graph.nodes if n.op == "placeholder"}
-    return {"input_ids", "lengths", "k_pages_0"} <= names
 
 
 def _check_pass_names(disabled: tuple[str, ...]) -> None:

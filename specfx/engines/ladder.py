@@ -1,4 +1,7 @@
-"""The engines over one graph, from the first that can serve to the fastest: each proven before it takes over, between two calls."""
+"""The engines over one graph, from the first that can serve to the fastest: each proven before it takes over, between two calls.
+
+Until there is one, the stock `generate` serves.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -21,6 +23,8 @@ from specfx.engines import cuda_graphs, transfer
 from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine, lower
 from specfx.engines.paged import PagedEngine
+from specfx.engines.stock import StockEngine
+from specfx.engines.timing import timed
 from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal, SpecfxError
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord
@@ -53,16 +57,6 @@ def _leave() -> None:
             thread.join(0.1)
 
 
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Put the seconds that the block takes under the name of a stage."""
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] = time.perf_counter() - started
-
-
 def refusal_of(stage: str, error: Exception, remedy: str = "", reason: Reason | None = None) -> Refusal:
     """The typed reason for what `error` cost; it is logged as well."""
     reason = reason or next((r for kind, r in _REASONS if isinstance(error, kind)), Reason.LOWERING_FAILED)
@@ -85,58 +79,71 @@ class Job:
 
 
 class Ladder:
-    """The engines over one graph: the first serves at once, the compiled one when it is ready. State; `engine` serves the next call.
+    """The engines over one graph. State; `engine` serves the next call.
 
     refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one, or one from an artifact.
-    prove: see `Prove`.
     """
 
-    def __init__(self, engine: Engine, module: fx.GraphModule | None = None, prove: Prove | None = None) -> None:
-        self.engine, self.module, self._prove = engine, module, prove
-        self.keeper = Keeper(engine)
+    def __init__(self) -> None:
+        self.engine: Engine = StockEngine()
+        self.module: fx.GraphModule | None = None
+        self.keeper = Keeper(self.engine)
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
         self.seconds: dict[str, float] = {}
-        self._ready: CompiledEngine | None = None
+        self._prove: Prove | None = None
+        self._latest: Engine = self.engine
         self._started = 0.0
         self._thread: threading.Thread | None = None
         self._replaying: Engine | None = None  # the engine of which steps are replayed, or were to be
 
-    @classmethod
-    def from_artifact(cls, job: Job, prove: Prove, refuse: Callable[[Refusal], None]) -> Ladder | None:
-        """The compiled engine alone, from its artifact; None if there is none that can be used, or (recorded) that is right."""
-        seconds: dict[str, float] = {}
+    def put(self, engine: Engine, module: fx.GraphModule | None = None, prove: Prove | None = None) -> None:
+        """An engine that serves from the next call on; it is proven. module: its graph, if others are to be made of that."""
+        self.module, self._prove, self._latest = module, prove, engine
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Run `work`, which puts engines here, in a thread."""
+
+        def guarded() -> None:
+            try:
+                work()
+            except Exception as e:  # in a thread of its own nobody would hear of it
+                self.refusals.append(refusal_of("engine", e))
+
+        self._thread = threading.Thread(target=guarded, name="specfx-compile", daemon=True)
+        _working.add(self._thread)
+        self._started = time.perf_counter()
+        self._thread.start()
+
+    def load(self, job: Job, prove: Prove, refuse: Callable[[Refusal], None]) -> bool:
+        """Put the compiled engine here, from its artifact alone. False if there is none that can be used, or (recorded) that is right."""
         packed_at = Fingerprint.of(job.stock)
-        with timed(seconds, "load"), transfer.on_device(job.stock.device):
+        with timed(self.seconds, "load"), transfer.on_device(job.stock.device):
             lowered = job.shelf.lowered(job.stock, job.packs)
             if lowered is None:
-                return None
+                return False
             compiled = CompiledEngine(lowered, "auto", job.stock.device, job.draft_rows)
-        ladder = cls(compiled, None, prove)
-        ladder.seconds = seconds
         try:
-            ladder._try_out(compiled, job, packed_at)
-        except GateError as e:
+            self._try_out(compiled, job, packed_at, prove)
+        except Exception as e:  # then everything is made here, and what goes wrong again recorded as what it is
             job.shelf.discard_lowered()
             refuse(refusal_of("artifacts", e, reason=Reason.ARTIFACT_UNUSABLE))
-            return None
-        ladder._record(compiled)
-        return ladder
+            return False
+        self._record(compiled)
+        self.put(compiled, None, prove)
+        return True
 
     def compile(self, job: Job) -> None:
-        """Build the compiled engine, now or in a thread, as the options say."""
-        if job.options.compile == "sync":
+        """Make the compiled engine of the graph: now, or in a thread, as the options say."""
+        if job.options.compile == "sync" or threading.current_thread() is self._thread:
             self._compile(job)
-        elif job.options.compile == "background":
-            self._thread = threading.Thread(target=self._compile, args=(job,), name="specfx-compile", daemon=True)
-            _working.add(self._thread)
-            self._started = time.perf_counter()
-            self._thread.start()
+        else:
+            self.begin(lambda: self._compile(job))
 
     def follow(self, weights: Fingerprint) -> None:
-        """A compiled engine that has become ready takes over, and packs the weights again if they have changed in place."""
-        if self._ready is not None:
-            self.engine, self._ready = self._ready, None
+        """An engine that has become ready takes over; a compiled one packs the weights again if they have changed in place."""
+        if self.engine is not self._latest:
+            self.engine = self._latest
             self.keeper = Keeper(self.engine)
         self.keeper.follow(weights)
         if isinstance(self.engine, CompiledEngine) and self.engine.packed_at != weights:
@@ -185,6 +192,7 @@ class Ladder:
 
     def _compile(self, job: Job) -> None:
         assert self.module is not None
+        assert self._prove is not None
         context = PassContext(job.options.page_size, job.packs)
         try:
             packed_at = Fingerprint.of(job.stock)
@@ -194,7 +202,7 @@ class Ladder:
                 kept = lowered is not None
                 lowered = lowered or lower(self.module, context, job.options.disable_passes)
                 compiled = CompiledEngine(lowered, "auto", job.stock.device, job.draft_rows)
-            self._try_out(compiled, job, packed_at)
+            self._try_out(compiled, job, packed_at, self._prove)
         except GateError as e:
             job.shelf.discard_lowered()
             self.refusals.append(refusal_of("compiled engine", e, reason=Reason.COMPILED_DIFFERS))
@@ -203,20 +211,19 @@ class Ladder:
             self.refusals.append(refusal_of("compiled engine", e))
             return
         self._record(compiled)
-        self._ready = compiled
+        self._latest = compiled
         if not kept:
             job.shelf.keep_lowered(lowered, job.stock, job.packs)
 
-    def _try_out(self, compiled: CompiledEngine, job: Job, packed_at: Fingerprint) -> None:
+    def _try_out(self, compiled: CompiledEngine, job: Job, packed_at: Fingerprint, prove: Prove) -> None:
         """Prove the engine, whose weights were packed when they were `packed_at`, and give it its pool. Raises `GateError`."""
-        assert self._prove is not None
         with timed(self.seconds, "first use"), transfer.on_device(job.stock.device):
             while True:  # once, but again if the weights change meanwhile
                 if (now := Fingerprint.of(job.stock)) != packed_at:
                     compiled.refresh()
                     packed_at = now
                 try:
-                    self._prove(compiled, job.stock, False)
+                    prove(compiled, job.stock, False)
                     break
                 except GateError:
                     if Fingerprint.of(job.stock) == packed_at:

@@ -56,6 +56,8 @@ def stock_reason(
     pages: PageCache | None = None,
 ) -> str | None:
     """Why this call goes to the stock method; None if it is accelerated."""
+    if engine.name == "stock":
+        return Reason.ENGINE_NOT_READY.value
     if engine.verifies == "nothing":
         return "no engine can verify drafts on this model"
     if any(refusal.reason is Reason.HEAD_UNFED for refusal in drafter.refusals):

@@ -1,0 +1,71 @@
+"""What the compiling process makes: the rewritten graph and the lowered one, unproven, and the C++ kernels on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from transformers import PreTrainedModel
+
+from specfx.artifacts import store
+from specfx.artifacts.shelf import Shelf
+from specfx.drafters.mtp import Drafting
+from specfx.engines.compiled import lower
+from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
+from specfx.engines.timing import timed
+from specfx.errors import ArtifactError, LoweringError, Refusal
+from specfx.kernels import cpu_build
+from specfx.options import CommonOptions
+from specfx.passes.framework import PassContext
+
+
+def artifacts(
+    model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None, names: tuple[str, str], warm_up: Callable[[], None]
+) -> dict[str, float]:
+    """Put the artifacts of `model` on its shelf and return the seconds of each stage. names: of the rewritten and of the lowered graph,
+    as the process that asks for them knows them.
+
+    Raises `ArtifactError` if they would have other names here or can't be kept, and what capture and compiler raise.
+    """
+    problems: list[Refusal] = []
+    seconds: dict[str, float] = {}
+    shelf = Shelf(model, options, drafting, problems.append)
+    if (shelf.graph_name, shelf.lowered_name) != names:
+        raise ArtifactError("the model's structure or the settings look different there")
+    with store.alone(shelf.lowered_name), ThreadPoolExecutor(1) as aside:
+        if shelf.has_lowered():  # another process was quicker
+            return seconds
+        packs = aside.submit(_packs)  # a C++ compiler works beside the capture
+        module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
+        if drafting is not None:
+            with timed(seconds, "stitching"):
+                module, records = stitch(module, options, drafting)
+        shelf.keep_graph(module, records, model)
+        warmed = aside.submit(warm_up)  # not beside `torch.export`, which replaces Python's built-in functions while it traces
+        with timed(seconds, "kernels"):
+            pack = packs.result()
+        with timed(seconds, "compile"):
+            lowered = lower(module, PassContext(options.page_size, pack), options.disable_passes)
+        shelf.keep_lowered(lowered, model, pack)
+        warmed.result()
+    if problems:
+        raise ArtifactError("; ".join(problem.detail for problem in problems))
+    return seconds
+
+
+def _graph(model: PreTrainedModel, options: CommonOptions, shelf: Shelf, seconds: dict[str, float]) -> Rewritten:
+    """The graph without a head, from the shelf or made and put there."""
+    stored = shelf.graph(model)
+    if stored is None:
+        stored = rewrite(model, options, seconds)
+        require_kv(*stored)
+        shelf.keep_graph(*stored, model)
+    return stored
+
+
+def _packs() -> bool:
+    """Whether linears can be packed here, now that the kernels are built."""
+    try:
+        return cpu_build.load().packs
+    except LoweringError:  # found again, and recorded, by the process that asks
+        return False

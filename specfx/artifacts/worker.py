@@ -1,0 +1,128 @@
+"""Capture and compilation in a process of their own, so that `generate` never waits for Python's lock.
+
+The parent calls `fill` (in a thread). The child gets the model's structure on its standard input (`specfx.artifacts.skeleton`), runs at
+low priority, puts the artifacts on the shelf, and proves nothing: whoever takes them does. It says how it ended in one line of JSON.
+
+* A child whose parent is gone goes on for at most `SECONDS_ALONE`: what it finishes, the next process finds.
+* Two children that build the same wait for each other; the second finds the work done.
+* Models on a GPU are not built so: the child would need room there for another copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from specfx.errors import ArtifactError, SpecfxError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from specfx.artifacts.shelf import Shelf
+    from specfx.drafters.mtp import Drafting
+    from specfx.options import CommonOptions
+
+SECONDS_ALONE = 60.0
+_NICE = 10
+_COMMAND = ("-P", "-m", "specfx.artifacts.worker")
+
+
+def fill(
+    model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None, shelf: Shelf, warm_up: Callable[[], None]
+) -> dict[str, float]:
+    """Have the artifacts of `model` built, wait, and return the seconds of each stage. warm_up: what else is to be compiled, picklable.
+
+    Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
+    """
+    import torch
+
+    from specfx.artifacts import skeleton
+
+    try:
+        settings = (torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
+        parts = [model] if drafting is None else [model, drafting.head]
+        structure = skeleton.dumps((model, options, drafting, (shelf.graph_name, shelf.lowered_name), warm_up), parts)
+        order = pickle.dumps((settings, structure))
+    except Exception as e:  # attributes of a model are anybody's
+        raise ArtifactError(f"{type(model).__name__} can't be sent to another process: {type(e).__name__}: {e}") from e
+    paths = [os.getcwd() if path == "" else path for path in sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPECFX_PARENT": str(os.getpid())}
+    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaints:
+        try:
+            child = subprocess.Popen(
+                [sys.executable, *_COMMAND],
+                stdin=subprocess.PIPE,
+                stdout=told,
+                stderr=complaints,
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as e:
+            raise ArtifactError(f"no process can be started: {e}") from e
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that ended already tells why below
+            child.stdin.write(order)
+        while child.poll() is None:  # not `wait`, which nothing could interrupt
+            time.sleep(0.05)
+        told.seek(0)
+        complaints.seek(0)
+        lines = told.read().decode(errors="replace").splitlines()
+        try:
+            outcome = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise ArtifactError(f"the process that compiles ended with {child.returncode}: {' '.join(last)}") from None
+    if "error" in outcome:
+        raise ArtifactError(f"the process that compiles: {outcome['error']}")
+    seconds: dict[str, float] = outcome["seconds"]
+    return seconds
+
+
+def main() -> None:
+    """The child."""
+    order = sys.stdin.buffer.read()
+    answer = os.dup(1)
+    os.dup2(2, 1)  # what compilers print is not the answer
+    os.nice(_NICE)
+    threading.Thread(target=_notice_parent, args=(int(os.environ["SPECFX_PARENT"]),), daemon=True).start()
+    try:
+        outcome: dict[str, Any] = {"seconds": _build(*pickle.loads(order))}
+    except SpecfxError as e:
+        outcome = {"error": str(e)}
+    except Exception as e:  # told to the parent, which then does it itself
+        outcome = {"error": f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"}
+    os.write(answer, json.dumps(outcome).encode() + b"\n")
+
+
+def _notice_parent(parent: int) -> None:
+    """End this process `SECONDS_ALONE` after its parent has. (Files appear whole, so any moment will do.)"""
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(SECONDS_ALONE)
+    os._exit(1)
+
+
+def _build(settings: tuple[Any, ...], structure: bytes) -> dict[str, float]:
+    """Fill the shelf. Raises `SpecfxError` and what compilers raise."""
+    import torch
+
+    threads, dtype, precision = settings
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_float32_matmul_precision(precision)
+    from specfx.artifacts import build, skeleton
+
+    return build.artifacts(*skeleton.loads(structure))
+
+
+if __name__ == "__main__":
+    main()
