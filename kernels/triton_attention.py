@@ -29,11 +29,9 @@ from torch import Tensor
 from specfx.errors import LoweringError
 from specfx.kernels.tree_attention import tree_append_, tree_attention_
 from specfx.kernels.triton_attend import append_rows, attend_rows, block_rows, find_block
-from specfx.kernels.triton_common import LOG2E, interpreted, jit, power_of_two, register_on_cuda, require, tl
+from specfx.kernels.triton_common import LOG2E, REGISTERS, interpreted, jit, power_of_two, register_on_cuda, require, tl
 from specfx.kernels.triton_config import Config, default_config, device_properties
 
-REGISTERS = 255
-"""Of a thread: all that it can address. Left to itself, ptxas spills a few bytes to fit one more program on a processor."""
 MOVES = 32
 """Moved rows that a program of `_move` holds at a time."""
 APPENDED = 32

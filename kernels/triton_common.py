@@ -21,6 +21,8 @@ try:
 except ImportError:  # Triton has wheels for Linux only
     triton = tl = None
 
+REGISTERS = 255
+"""Of a thread: all that it can address. Left to itself, ptxas spills a few bytes to fit one more program on a processor."""
 LOG2E = math.log2(math.e)
 """Softmax in base 2: the hardware has exp2, not exp."""
 

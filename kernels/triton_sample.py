@@ -17,7 +17,7 @@ from torch import Tensor
 
 from specfx.errors import LoweringError
 from specfx.kernels.keyed_sample import keyed_sample
-from specfx.kernels.triton_common import jit, power_of_two, register_on_cuda, require, tl
+from specfx.kernels.triton_common import REGISTERS, jit, power_of_two, register_on_cuda, require, tl
 
 PART = 8192
 """Entries of the vocabulary that a program of `_draw` looks at."""
@@ -201,7 +201,9 @@ def keyed_sample_triton(logits: Tensor, keys: Tensor, warp: Tensor) -> Tensor:
     stride, warp_strides = logits.stride(0), (warp.stride(0), warp.stride(1))
     _cut[(rows,)](logits, warp, cuts, firsts, vocabulary, stride, *warp_strides, BLOCK=CUT_BLOCK, num_warps=8)
     strides = (stride, keys.stride(0), keys.stride(1), warp.stride(0))
-    _draw[(rows, parts)](logits, keys, warp, cuts, firsts, scores, entries, vocabulary, *strides, PART=PART, BLOCK=BLOCK, num_warps=4)
+    _draw[(rows, parts)](
+        logits, keys, warp, cuts, firsts, scores, entries, vocabulary, *strides, PART=PART, BLOCK=BLOCK, num_warps=4, maxnreg=REGISTERS
+    )
     _best[(rows,)](scores, entries, out, parts, BLOCK=power_of_two(parts), num_warps=1)
     return out
 

@@ -7,7 +7,7 @@ import copy
 import hashlib
 import itertools
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,7 +155,7 @@ def load_artifact(data: bytes, module: fx.GraphModule) -> Artifact:
     from torch._inductor.codecache import FxGraphCache
     from torch._inductor.output_code import CompiledFxGraphConstants
 
-    _prepare_lowerings(module)
+    _prepare_lowerings(n.meta["val"] for n in module.graph.find_nodes(op="placeholder"))
     compiled, libraries, instructions = pickle.loads(data)
     _put_libraries(libraries)
     constants = CompiledFxGraphConstants()
@@ -206,9 +206,9 @@ def _weights(module: fx.GraphModule) -> dict[str, torch.Tensor]:
     return {str(n.target): n.meta["val"] for n in module.graph.find_nodes(op="get_attr") if isinstance(n.meta.get("val"), torch.Tensor)}
 
 
-def _prepare_lowerings(module: fx.GraphModule) -> None:
-    """Inductor lowers our ops by templates on a GPU, and its code finds them by name."""
-    if any(n.meta["val"].is_cuda for n in module.graph.find_nodes(op="placeholder") if isinstance(n.meta["val"], torch.Tensor)):
+def _prepare_lowerings(inputs: Iterable[Any]) -> None:
+    """For inputs on a GPU: Inductor lowers our ops by templates there, and its code finds them by name."""
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
         from specfx.kernels import inductor_attention
 
         inductor_attention.register()
@@ -220,7 +220,7 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     AOTAutograd has nothing to do here (no gradients, no aliases, and the only inputs that change are those of ops that say so), would
     take a third of the time, and can't make ops that write into their inputs functional within a region.
     """
-    _prepare_lowerings(module)
+    _prepare_lowerings(example_inputs)
     from torch._guards import TracingContext, tracing
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V

@@ -247,10 +247,14 @@ def test_ctrl_c_by_signal(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatc
             signal.raise_signal(signal.SIGINT)
         return forward(batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(serving, "forward", signalled)
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(prompt_of(), max_new_tokens=NEW)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may have had it ignored
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(serving, "forward", signalled)
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(prompt_of(), max_new_tokens=NEW)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(calls) == 3
 
 
