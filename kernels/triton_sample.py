@@ -199,11 +199,9 @@ def keyed_sample_triton(logits: Tensor, keys: Tensor, warp: Tensor) -> Tensor:
     entries = logits.new_empty(rows, parts, dtype=torch.int32)
     cuts, firsts = logits.new_empty(rows, dtype=torch.float32), logits.new_empty(rows, dtype=torch.int32)
     stride, warp_strides = logits.stride(0), (warp.stride(0), warp.stride(1))
-    _cut[(rows,)](logits, warp, cuts, firsts, vocabulary, stride, *warp_strides, BLOCK=CUT_BLOCK, num_warps=8)
+    _cut[(rows,)](logits, warp, cuts, firsts, vocabulary, stride, *warp_strides, BLOCK=CUT_BLOCK, num_warps=8, maxnreg=REGISTERS)
     strides = (stride, keys.stride(0), keys.stride(1), warp.stride(0))
-    _draw[(rows, parts)](
-        logits, keys, warp, cuts, firsts, scores, entries, vocabulary, *strides, PART=PART, BLOCK=BLOCK, num_warps=4, maxnreg=REGISTERS
-    )
+    _draw[(rows, parts)](logits, keys, warp, cuts, firsts, scores, entries, vocabulary, *strides, PART=PART, BLOCK=BLOCK, num_warps=4)
     _best[(rows,)](scores, entries, out, parts, BLOCK=power_of_two(parts), num_warps=1)
     return out
 
