@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,8 +33,11 @@ def artifacts(
     shelf = Shelf(model, options, drafting, problems.append)
     if (shelf.graph_name, shelf.lowered_name) != names:
         raise ArtifactError("the model's structure or the settings look different there")
+    warming = multiprocessing.get_context("fork").Process(target=warm_up)  # the drafter's code goes to a cache of its own on the disk
+    warming.start()
     with store.alone(shelf.lowered_name), ThreadPoolExecutor(1) as aside:
         if shelf.has_lowered():  # another process was quicker
+            warming.join()
             return seconds
         packs = aside.submit(_packs)  # a C++ compiler works beside the capture
         module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
@@ -41,13 +45,12 @@ def artifacts(
             with timed(seconds, "stitching"):
                 module, records = stitch(module, options, drafting)
         shelf.keep_graph(module, records, model)
-        warmed = aside.submit(warm_up)  # not beside `torch.export`, which replaces Python's built-in functions while it traces
         with timed(seconds, "kernels"):
             pack = packs.result()
         with timed(seconds, "compile"):
             lowered = lower(module, PassContext(options.page_size, pack), options.disable_passes)
         shelf.keep_lowered(lowered, model, pack)
-        warmed.result()
+    warming.join()  # (where it failed, the process that asks compiles that code itself)
     if problems:
         raise ArtifactError("; ".join(problem.detail for problem in problems))
     return seconds

@@ -3,6 +3,8 @@
 The parent calls `fill` (in a thread). The child gets the model's structure on its standard input (`specfx.artifacts.skeleton`), runs at
 low priority, puts the artifacts on the shelf, and proves nothing: whoever takes them does. It says how it ended in one line of JSON.
 
+* It is a process group of its own, which the terminal's Ctrl-C does not reach, but of the parent's session: Linux weighs sessions against
+  each other as equals, however nice their processes are, and an op of the parent waits for its slowest thread.
 * A child whose parent is gone goes on for at most `SECONDS_ALONE`: what it finishes, the next process finds.
 * Two children that build the same wait for each other; the second finds the work done.
 * Models on a GPU are not built so: the child would need room there for another copy of the weights.
@@ -64,7 +66,7 @@ def fill(
                 stdout=told,
                 stderr=complaints,
                 env=environment,
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as e:
             raise ArtifactError(f"no process can be started: {e}") from e
