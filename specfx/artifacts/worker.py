@@ -38,13 +38,8 @@ _NICE = 10
 _COMMAND = ("-P", "-m", "specfx.artifacts.worker")
 
 
-def fill(
-    model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None, shelf: Shelf, warm_up: Callable[[], None]
-) -> dict[str, float]:
-    """Have the artifacts of `model` built, wait, and return the seconds of each stage. warm_up: what else is to be compiled, picklable.
-
-    Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
-    """
+def order_of(model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None, shelf: Shelf, warm_up: Callable[[], None]) -> bytes:
+    """What the child is told. warm_up: what else is to be compiled, picklable. Raises `ArtifactError`."""
     import torch
 
     from specfx.artifacts import skeleton
@@ -53,9 +48,16 @@ def fill(
         settings = (torch.get_num_threads(), torch.get_default_dtype(), torch.get_float32_matmul_precision())
         parts = [model] if drafting is None else [model, drafting.head]
         structure = skeleton.dumps((model, options, drafting, (shelf.graph_name, shelf.lowered_name), warm_up), parts)
-        order = pickle.dumps((settings, structure))
+        return pickle.dumps((settings, structure))
     except Exception as e:  # attributes of a model are anybody's
         raise ArtifactError(f"{type(model).__name__} can't be sent to another process: {type(e).__name__}: {e}") from e
+
+
+def fill(order: bytes) -> dict[str, float]:
+    """Have the artifacts built that `order` is of, wait, and return the seconds of each stage.
+
+    Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
+    """
     paths = [os.getcwd() if path == "" else path for path in sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPECFX_PARENT": str(os.getpid())}
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaints:

@@ -119,23 +119,37 @@ class Prepared:
         if key not in self._ladders:
             ladder = self._ladders[key] = Ladder()
             if self._aside:  # (on a clone, since the user's model may be changed or go meanwhile)
-                ladder.begin(functools.partial(self._fill_and_build, ladder, clone_sharing_storage(model), wanted, warm_up))
+                self._build_aside(ladder, clone_sharing_storage(model), wanted, warm_up)
             else:
                 self._build(ladder, model, wanted)
         return self._eager or self._ladders[None if key in self._apart else key]
 
-    def _fill_and_build(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None, warm_up: Callable[[], None]) -> None:
-        """Put engines on `ladder`, after another process has made the artifacts that are missing."""
+    def _build_aside(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None, warm_up: Callable[[], None]) -> None:
+        """Put engines on `ladder` in a thread, after another process has made the artifacts that are missing."""
         place = self._shelf(model, drafting)
+        order: bytes | None = None
+
+        def failed(error: ArtifactError) -> None:
+            self.refusals.append(refusal_of("worker", error, reason=Reason.WORKER_FAILED))
+
         if not place.has_lowered():
-            try:
-                with timed(ladder.seconds, "worker"):
-                    spent = worker.fill(model, self.options, drafting, place, warm_up)
-                ladder.seconds |= {f"worker's {stage}": seconds for stage, seconds in spent.items()}
+            try:  # here, so that the thread has nothing to do but wait while stock serves
+                order = worker.order_of(model, self.options, drafting, place, warm_up)
             except ArtifactError as e:
-                self.refusals.append(refusal_of("worker", e, reason=Reason.WORKER_FAILED))
-        warm_up()
-        self._build(ladder, model, drafting)
+                failed(e)
+
+        def work() -> None:
+            if order is not None:
+                try:
+                    with timed(ladder.seconds, "worker"):
+                        spent = worker.fill(order)
+                    ladder.seconds |= {f"worker's {stage}": seconds for stage, seconds in spent.items()}
+                except ArtifactError as e:
+                    failed(e)
+            warm_up()
+            self._build(ladder, model, drafting)
+
+        ladder.begin(work)
 
     def _build(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None) -> None:
         """Put engines on `ladder`: the compiled one from its artifact alone, or those over a proven graph, or the eager one."""
