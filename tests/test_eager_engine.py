@@ -15,6 +15,7 @@ import specfx.engines.eager as eager
 from specfx.engines.base import Rows
 from specfx.engines.eager import EagerEngine
 from specfx.errors import LoweringError, Reason
+from specfx.kernels import cpu_build
 from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_sample_reference
 from specfx.runtime.tree import DraftTree
 
@@ -383,7 +384,7 @@ def test_without_a_kernel_tokens_are_drawn_all_the_same_and_the_report_says_how(
     def fail() -> None:
         raise LoweringError("no C++ compiler")
 
-    monkeypatch.setattr(eager.cpu_build, "load", fail)
+    monkeypatch.setattr(cpu_build, "load", fail)
     engine = EagerEngine(tiny_model("llama"))
     assert [(r.stage, r.reason, r.detail) for r in engine.refusals] == [("sampling kernel", Reason.NO_KERNEL, "no C++ compiler")]
     assert engine.verifies == "trees"

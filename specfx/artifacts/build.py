@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 from transformers import PreTrainedModel
 
@@ -13,11 +14,11 @@ from specfx.artifacts.shelf import Shelf
 from specfx.drafters.mtp import Drafting
 from specfx.engines.compiled import lower
 from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
-from specfx.engines.timing import timed
 from specfx.errors import ArtifactError, LoweringError, Refusal
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext
+from specfx.timing import timed
 
 
 def artifacts(
@@ -33,11 +34,8 @@ def artifacts(
     shelf = Shelf(model, options, drafting, problems.append)
     if (shelf.graph_name, shelf.lowered_name) != names:
         raise ArtifactError("the model's structure or the settings look different there")
-    warming = multiprocessing.get_context("fork").Process(target=warm_up)  # the drafter's code goes to a cache of its own on the disk
-    warming.start()
-    with store.alone(shelf.lowered_name), ThreadPoolExecutor(1) as aside:
+    with _beside(warm_up), store.alone(shelf.lowered_name), ThreadPoolExecutor(1) as aside:
         if shelf.has_lowered():  # another process was quicker
-            warming.join()
             return seconds
         packs = aside.submit(_packs)  # a C++ compiler works beside the capture
         module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
@@ -50,10 +48,21 @@ def artifacts(
         with timed(seconds, "compile"):
             lowered = lower(module, PassContext(options.page_size, pack), options.disable_passes)
         shelf.keep_lowered(lowered, model, pack)
-    warming.join()  # (where it failed, the process that asks compiles that code itself)
     if problems:
         raise ArtifactError("; ".join(problem.detail for problem in problems))
     return seconds
+
+
+@contextmanager
+def _beside(warm_up: Callable[[], None]) -> Iterator[None]:
+    """A block beside which another process runs `warm_up`, whose code goes to a cache of its own on the disk. (Where that fails, the
+    process that asks compiles it.)"""
+    process = multiprocessing.get_context("fork").Process(target=warm_up)
+    process.start()
+    try:
+        yield
+    finally:
+        process.join()
 
 
 def _graph(model: PreTrainedModel, options: CommonOptions, shelf: Shelf, seconds: dict[str, float]) -> Rewritten:

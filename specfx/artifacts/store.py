@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from specfx.cache import cache_dir
+from specfx.cache import cache_dir, replacing
 from specfx.errors import ArtifactError
 
 try:
@@ -74,14 +72,8 @@ def write(name: str, content: Any) -> None:
     body = stream.getvalue()
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=folder(), prefix=f"{name}.", suffix=_PARTIAL)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_MAGIC + hashlib.sha256(body).digest() + body)
-            os.replace(partial, folder() / name)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        with replacing(folder() / name, _PARTIAL) as file:
+            file.write(_MAGIC + hashlib.sha256(body).digest() + body)
     except OSError as e:
         raise ArtifactError(f"{name} can't be kept in {folder()}: {e}; set SPECFX_CACHE") from e
 

@@ -13,8 +13,6 @@ checksum over all of it. The tree is grown anew from the tokens (0.2 microsecond
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable
@@ -23,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from specfx.cache import replacing
 from specfx.drafters._jit import view
 from specfx.drafters.suffix_model import MODEL
 from specfx.drafters.suffix_tree import SuffixTree
@@ -200,15 +199,10 @@ class OutputCache:
         }
         content["checksum"] = _checksum(content)
         path = Path(path)
-        temporary = None
         try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
-                temporary = file.name
+            with replacing(path, ".part") as file:
                 np.savez(file, **content)  # type: ignore[arg-type]
-            os.replace(temporary, path)
         except OSError as e:
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
             raise SuffixCacheError(f"can't write the suffix cache to {path}: {e}") from e
 
     def adopt(self, content: dict[str, np.ndarray]) -> None:

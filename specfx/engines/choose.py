@@ -37,13 +37,13 @@ from specfx.engines.eager import EagerEngine
 from specfx.engines.ladder import Job, Ladder, Prove, refusal_of
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
-from specfx.engines.timing import timed
 from specfx.errors import ArtifactError, GateError, LoweringError, OptionError, Reason, Refusal
-from specfx.kernels import cpu_build, triton_kernels
+from specfx.kernels.load import load
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassRecord
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
+from specfx.timing import timed
 
 
 def _nothing() -> None:
@@ -174,18 +174,19 @@ class Prepared:
 
     def _load(self, ladder: Ladder, model: PreTrainedModel, drafting: Drafting | None) -> bool:
         """Whether the compiled engine could be had from its artifact alone; it is on `ladder` then."""
-        if not self._compiles or gate.has_windows(model) or not self._shelf(model, drafting).has_lowered():
+        place = self._shelf(model, drafting)
+        if not self._compiles or gate.has_windows(model) or not place.has_lowered():
             return False
         try:
             self._need_kernels(model.device)
         except LoweringError:  # recorded when the graph is prepared
             return False
-        job = self._job(model, drafting)
+        job = self._job(model, drafting, place)
         if not ladder.load(job, functools.partial(_prove, drafting=drafting), self.refusals.append):
             return False
-        self.records = self._shelf(model, None).records()
+        self.records = (place if drafting is None else self._shelf(model, None)).records()
         if drafting is not None:
-            ladder.records = (*job.shelf.records(), *ladder.records)
+            ladder.records = (*place.records(), *ladder.records)
         return True
 
     def _climb(self, ladder: Ladder, model: PreTrainedModel, module: fx.GraphModule, drafting: Drafting | None, prove: Prove) -> None:
@@ -193,7 +194,7 @@ class Prepared:
         rows = 0 if drafting is None else drafting.shape.rows
         ladder.put(graph_engine(module, self.options.kv_pool, model.device, rows), module, prove)
         if self._compiles:
-            ladder.compile(self._job(model, drafting))
+            ladder.compile(self._job(model, drafting, self._shelf(model, drafting)))
 
     def _climb_stitched(self, ladder: Ladder, model: PreTrainedModel, plain: fx.GraphModule, drafting: Drafting) -> bool:
         """The engines over `plain` with the head stitched in; False if that can't be done: then `apart` tells the reason."""
@@ -260,9 +261,9 @@ class Prepared:
     def _shelf(self, model: PreTrainedModel, drafting: Drafting | None) -> Shelf:
         return Shelf(model, self.options, drafting, self.refusals.append)
 
-    def _job(self, model: PreTrainedModel, drafting: Drafting | None) -> Job:
+    def _job(self, model: PreTrainedModel, drafting: Drafting | None, place: Shelf) -> Job:
         rows = 0 if drafting is None else drafting.shape.rows
-        return Job(self.options, bool(self._packs), clone_sharing_storage(model), rows, self._shelf(model, drafting))
+        return Job(self.options, bool(self._packs), clone_sharing_storage(model), rows, place)
 
     def _need_kernels(self, device: torch.device) -> None:
         """`_load_kernels`, once."""
@@ -276,13 +277,7 @@ class Prepared:
         """
         try:
             with timed(self.seconds, "kernels"):
-                if device.type == "cpu":
-                    self._packs = cpu_build.load().packs
-                elif device.type == "cuda":
-                    triton_kernels.register()
-                    self._packs = False
-                else:
-                    raise LoweringError(f"specfx's ops have no kernels for {device.type}")
+                self._packs = load(device)
         except LoweringError as e:
             if device.type == "cpu":
                 self.refusals.append(refusal_of("CPU kernels", e, "install a C++ compiler (g++) or set CXX"))

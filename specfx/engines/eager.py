@@ -26,8 +26,8 @@ from specfx.engines.base import Rows, RowsOutput, draws_of
 from specfx.engines.eager_past import MOST_UNFED, Past
 from specfx.engines.eager_probe import STAGE, cause_of, probe
 from specfx.errors import LoweringError, Reason, Refusal
-from specfx.kernels import cpu_build, triton_kernels
 from specfx.kernels.keyed_sample import keyed_sample
+from specfx.kernels.load import load
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -64,7 +64,7 @@ class EagerEngine:
         self.verifies, self.refusals = probe(self)
         self._sequences.clear()
         try:  # for the choices: their reference sorts the vocabulary behind every row
-            _load_kernels(self._device)
+            load(self._device)
         except LoweringError as error:
             self.refusals.append(Refusal("sampling kernel", Reason.NO_KERNEL, str(error), "tokens are drawn by the reference, slowly"))
 
@@ -166,16 +166,6 @@ class _HeadInput:
     def __call__(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.value = args[0]
         return (args[0][:, -self.read :], *args[1:]) if args[0].ndim == 3 else None
-
-
-def _load_kernels(device: torch.device) -> None:
-    """Replace the ops' references where they can be. Raises `LoweringError`."""
-    if device.type == "cpu":
-        cpu_build.load()
-    elif device.type == "cuda":
-        triton_kernels.register()
-    else:
-        raise LoweringError(f"specfx's ops have no kernels for {device.type}")
 
 
 def _branches(rows: Rows) -> bool:

@@ -24,12 +24,12 @@ from specfx.engines.base import Engine
 from specfx.engines.compiled import CompiledEngine, lower
 from specfx.engines.paged import PagedEngine
 from specfx.engines.stock import StockEngine
-from specfx.engines.timing import timed
 from specfx.errors import CaptureError, GateError, LoweringError, PassError, Reason, Refusal, SpecfxError
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord
 from specfx.passes.pack_linears import pack_linears
 from specfx.runtime.held import Keeper
+from specfx.timing import timed
 
 log = logging.getLogger("specfx")
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from specfx.capture import capture
 from specfx.drafters.mtp import Drafting
 from specfx.engines.drafting import capture_drafting
-from specfx.engines.timing import timed
 from specfx.errors import PassError
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.pipeline import DRAFTING, REWRITE
+from specfx.timing import timed
 
 Rewritten = tuple[fx.GraphModule, tuple[PassRecord, ...]]
 """A rewritten graph, and what the passes did."""

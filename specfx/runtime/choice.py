@@ -58,8 +58,11 @@ class SequenceState:
 def next_tokens(sequences: Sequence[SequenceState], scores: Sequence[Tensor]) -> list[int]:
     """The next token of each of `sequences`, chosen from its scores ``[V]``, all on one device: what an engine would choose."""
     rows = torch.stack(list(scores))
-    keys, warp = (x.to(rows.device) for x in draw_tables([s.draw for s in sequences], [len(s.tokens) for s in sequences]))
     best = rows.argmax(-1)  # not the op's, which is in float32: a processor may have answered in float64
+    if all(s.draw is None for s in sequences):
+        greedy: list[int] = best.tolist()
+        return greedy
+    keys, warp = (x.to(rows.device) for x in draw_tables([s.draw for s in sequences], [len(s.tokens) for s in sequences]))
     tokens: list[int] = torch.where(warp[:, 0] == 0, best, keyed_sample(rows, keys, warp)).tolist()
     return tokens
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+
+from specfx.timing import timed
 
 STAGES = ("prefill", "draft", "forward", "accept", "total")
 
@@ -52,13 +52,8 @@ class CallStats:
             self.accepted[d] += d < accepted_depth
         self.drafted_nodes += nodes
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - started
+    def timed(self, stage: str) -> AbstractContextManager[None]:
+        return timed(self.seconds, stage)
 
     def add(self, other: CallStats) -> None:
         for name in ("tokens", "forwards", "steps", "prefills", "prompt_tokens", "reused_tokens", "drafted_nodes"):
