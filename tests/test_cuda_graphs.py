@@ -28,7 +28,8 @@ from specfx.engines import cuda_graphs, transfer
 from specfx.engines.base import Rows
 from specfx.engines.choose import Ladder, Prepared
 from specfx.engines.compiled import CompiledEngine, Lowered
-from specfx.engines.cuda_graphs import CudaRecorder, Sizes, dummy_rows, fill, inputs_like, replay, sizes_for
+from specfx.engines.cuda_graphs import CudaRecorder, replay
+from specfx.engines.padding import Sizes, dummy_rows, fill, inputs_like, sizes_for
 from specfx.engines.paged import PagedEngine, graph_engine, on_references
 from specfx.errors import LoweringError, Reason, Refusal
 from specfx.kernels import cpu_build, triton_kernels

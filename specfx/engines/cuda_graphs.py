@@ -2,16 +2,9 @@
 
 A step of a small model is hundreds of kernels, each shorter than its launch. A recorded graph has fixed shapes and addresses, so:
 
-* **Sizes.** The numbers of rows, sequences, page-table columns and moves are rounded up (`sizes_for`): rows to powers of two up to 64 and
-  multiples of 64 beyond, sequences to powers of two (or one more, see below), columns and moves to powers of two. A size is recorded
-  when it is first met. Prompts are not replayed: a sequence of more than `MAX_ROWS` rows, or more than `MOST_ROWS` rows together, goes
-  to the call itself, whose launches are hidden behind its work.
-* **Padding.** The rows that are missing belong to dummy sequences, at least one (unless the numbers fit exactly), each with at least one
-  row and no more than `MAX_ROWS`. They stand behind the live ones: `row_starts` covers them, `lengths` says 0, their page tables name
-  scratch pages that no sequence owns (`KVPool.scratch`), and their masks let a row see its sequence's first row and itself. So what
-  padding writes and reads is in the scratch pages, and live rows neither see it nor are seen; what a live row's output is made of is
-  the same as without padding. Moves are padded with "nothing" (-1). `logit_rows` is a permutation of all rows, those asked for
-  first; behind the others nothing is drawn (`warp` is 0).
+* **Sizes.** A step is padded to one of a few sizes (`specfx.engines.padding`), which is recorded when it is first met. Prompts are not
+  replayed: a sequence of more than `MAX_ROWS` rows, or more than `MOST_ROWS` rows together, goes to the call itself, whose launches are
+  hidden behind its work.
 * **Static inputs.** Whatever `PagedEngine.bind` makes on the host is padded there, packed into one buffer of bytes, and copied to the
   device by one copy, always to the same place (`specfx.engines.transfer`). The tails of a head of several layers, which are on the
   device already, are copied there. Weights and page pools are read where they are; when the pools have moved (they grow between
@@ -22,7 +15,6 @@ A step of a small model is hundreds of kernels, each shorter than its launch. A 
 * **Recording** runs the call twice for warming up (kernels are compiled and tuned at a first call), then once more while the stream
   is captured, always on dummy sequences alone, so nothing live is touched. It happens in the thread that generates, never while
   another thread of specfx compiles. If it fails the engine goes on without graphs, with a typed reason and the remedy.
-
 * **Tuning.** With ``max_autotune`` the compiled engine's call is compiled anew for each size before it is recorded, with the sizes fixed
   and blocks chosen by measuring (`CompiledEngine.tuned`): a minute or more at the first step of a size. What it computes is compared with
   the call's own outputs; where it differs or does not compile, the call itself is recorded, with a typed reason.
@@ -35,28 +27,26 @@ from __future__ import annotations
 import functools
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from specfx import _compat
 from specfx.engines import transfer
 from specfx.engines.compiled import CompiledEngine
-from specfx.engines.paged import Call, PagedEngine, as_int64
+from specfx.engines.padding import KNOWN_INPUTS, Arrays, Sizes, fill, inputs_like, nothing, sizes_for
+from specfx.engines.paged import Call, PagedEngine
 from specfx.errors import KVPoolError, LoweringError, Reason, Refusal
 from specfx.gate import TOLERANCES, row_error
 from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.keyed_sample import keyed_sample
 from specfx.kernels.tree_attention import tree_attention_, tree_parents, tree_positions
-from specfx.kernels.triton_common import power_of_two
-from specfx.passes.epilogue import KEYS, WARP
 from specfx.passes.framework import calls
-from specfx.passes.mtp_head import NEXT_IDS, TAILS
+from specfx.passes.mtp_head import TAILS
 from specfx.runtime.tree import MAX_ROWS
 
 log = logging.getLogger("specfx")
@@ -66,99 +56,11 @@ MOST_ROWS = 1024
 MOST_GRAPHS = 64
 """Recordings that an engine keeps; the least recently used is dropped."""
 WARM_UPS = 2
-_LEAST_MOVES = 32
-_TAILS = {"input_ids": 0, "position_ids": 0, "lengths": 0, "moves": -1, NEXT_IDS: 1}
-"""What stands behind the live values. The token behind each dummy row (1) is none that they hold (0): a walk of theirs ends at once."""
-_KNOWN_INPUTS = {"input_ids", "position_ids", "page_table", "lengths", "row_starts", "moves", "tree_mask"}
-_KNOWN_INPUTS |= {"logit_rows", KEYS, WARP, NEXT_IDS}
 _READS_BACK = (tree_attention_, tree_positions, tree_parents, greedy_walk, keyed_sample)
 """Ops whose references read tensors on the host, which a recording can't."""
 
-Arrays = Mapping[str, npt.NDArray[Any]]
-
 Recorder = Callable[[Callable[[], Sequence[Tensor]]], tuple[Callable[[], None], Sequence[Tensor]]]
 """Takes a function without arguments; returns one that does the same work again, on the same memory, and the outputs."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The shape of one recording: rows and sequences with padding, columns of the page table, moves."""
-
-    rows: int
-    sequences: int
-    columns: int
-    moves: int
-
-
-def _padded_rows(rows: int) -> int:
-    return power_of_two(rows) if rows <= MAX_ROWS else -(-rows // MAX_ROWS) * MAX_ROWS
-
-
-def sizes_for(rows: int, sequences: int, columns: int, moves: int, scratch_pages: int = 1) -> Sizes:
-    """The recording that serves a forward of `rows` rows of `sequences` sequences, each of at most `MAX_ROWS` rows."""
-    padded = power_of_two(sequences)
-    if padded > sequences or rows != _padded_rows(rows):
-        if padded == sequences:
-            padded += 1
-        rows = _padded_rows(rows + padded - sequences)
-    return Sizes(rows, padded, power_of_two(columns, power_of_two(scratch_pages)), power_of_two(moves, _LEAST_MOVES))
-
-
-def dummy_rows(rows: int, sequences: int) -> list[int]:
-    """How many of `rows` rows each of so many dummy sequences takes: as evenly as can be."""
-    return [rows // sequences + (i < rows % sequences) for i in range(sequences)]
-
-
-_STAR = np.array([as_int64(1 | 1 << row) for row in range(MAX_ROWS)])
-"""Masks of a tree of depth one: no dummy row stands further than position 1, whatever positions the model knows."""
-
-
-def fill(out: Arrays, given: Arrays, scratch: Sequence[int]) -> None:
-    """Write the inputs of `PagedEngine.bind` (all but the pools) into `out`, arrays of one recording's sizes, and dummies behind them."""
-    ends = given["row_starts"]
-    sequences, rows = len(ends) - 1, int(ends[-1])
-    dummies = len(out["lengths"]) - sequences
-    counts = dummy_rows(out["input_ids"].shape[1] - rows, dummies) if dummies else []
-    for name, x in given.items():
-        to = out[name]
-        if name in _TAILS:
-            to[..., : x.shape[-1]] = x
-            to[..., x.shape[-1] :] = _TAILS[name]
-        elif name == "row_starts":
-            to[: sequences + 1] = x
-            to[sequences + 1 :] = rows + np.cumsum(counts, dtype=to.dtype)
-        elif name == "tree_mask":
-            to[:rows] = x
-            at = rows
-            for count in counts:
-                to[at : at + count] = _STAR[:count]
-                at += count
-        elif name in (KEYS, WARP):
-            to[: len(x)] = x
-            to[len(x) :] = 0
-        elif name == "page_table":
-            to[:sequences, : x.shape[1]] = x
-            to[:sequences, x.shape[1] :] = 0
-            to[sequences:] = scratch[0]
-            to[sequences:, : len(scratch)] = scratch
-        else:
-            assert name == "logit_rows"
-            to[: len(x)] = x
-            others = np.ones(len(to), dtype=bool)
-            others[x] = False
-            to[len(x) :] = np.flatnonzero(others)
-
-
-def inputs_like(sizes: Sizes, names: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs of these names and sizes; what they hold is not said."""
-    rows, sequences = sizes.rows, sizes.sequences
-    shapes = {
-        **{"input_ids": (1, rows), "position_ids": (1, rows), "page_table": (sequences, sizes.columns)},
-        **{"lengths": (sequences,), "row_starts": (sequences + 1,), "moves": (2, sizes.moves)},
-        **{KEYS: (rows, 3), WARP: (rows, 4)},
-    }
-    dtypes = dict.fromkeys(("page_table", "lengths", "row_starts"), torch.int32) | {WARP: torch.float64}
-    return {name: torch.empty(shapes.get(name, (rows,)), dtype=dtypes.get(name, torch.int64), device="cpu") for name in names}
 
 
 @dataclass(frozen=True)
@@ -196,7 +98,7 @@ class Replayed:
         self._call, self._direct = call, transfer.uploading(call, device)
         self._names, self._device, self._scratch = list(names), device, scratch
         self._new_recorder, self._refuse = new_recorder, refuse
-        self._changing = [name for name in names if name in _KNOWN_INPUTS]
+        self._changing = [name for name in names if name in KNOWN_INPUTS]
         self._record: Recorder | None = None
         self._recordings: OrderedDict[Sizes, _Recording] = OrderedDict()
         self._pools: tuple[tuple[int, int], ...] = ()
@@ -207,7 +109,7 @@ class Replayed:
         sizes = None if self._given_up else self._sizes(given)
         if sizes is None:
             return self._direct(*inputs)
-        pools, tails = [x for name, x in given.items() if name not in _KNOWN_INPUTS and name != TAILS], given.get(TAILS)
+        pools, tails = [x for name, x in given.items() if name not in KNOWN_INPUTS and name != TAILS], given.get(TAILS)
         if (recording := self._recording(sizes, pools, tails)) is None:
             return self._direct(*inputs)
         fill(recording.arrays, {name: given[name].numpy() for name in self._changing}, self._scratch())
@@ -260,12 +162,12 @@ class Replayed:
         like = inputs_like(sizes, self._changing)
         buffer = transfer.pack(list(like.values()))
         arrays = {name: x.numpy() for name, x in zip(like, transfer.views(buffer, list(like.values())), strict=True)}
-        fill(arrays, {name: x.numpy() for name, x in _nothing(self._changing).items()}, self._scratch())
+        fill(arrays, {name: x.numpy() for name, x in nothing(self._changing).items()}, self._scratch())
         static = buffer.to(self._device, copy=True)
         changing, others = iter(transfer.views(static, list(like.values()))), iter(pools)
         if tails is not None:
             tails = tails.new_zeros(sizes.sequences, *tails.shape[1:])
-        inputs: list[Any] = [next(changing) if name in _KNOWN_INPUTS else tails if name == TAILS else next(others) for name in self._names]
+        inputs: list[Any] = [next(changing) if name in KNOWN_INPUTS else tails if name == TAILS else next(others) for name in self._names]
         call = self._call if self._tune is None else self._tuned(self._tune, inputs)
         replay, outputs = self._record(lambda: call(*inputs))
         return _Recording(buffer, arrays, static, tails, replay, tuple(outputs))
@@ -284,11 +186,6 @@ class Replayed:
         self._tune = None
         self._refuse(Refusal("tuned steps", reason, detail, "steps are recorded untuned; max_autotune=False asks for that"))
         return self._call
-
-
-def _nothing(names: Sequence[str]) -> dict[str, Tensor]:
-    """Inputs of a batch without sequences; filled up, it is dummies alone."""
-    return {name: torch.zeros_like(x) for name, x in inputs_like(Sizes(0, 0, 0, 0), names).items()}
 
 
 def _causes(error: BaseException | None) -> str:
@@ -353,7 +250,7 @@ def replay(
 
     Raises `LoweringError` if that can't be.
     """
-    unknown = [name for name in engine.inputs if name not in (*_KNOWN_INPUTS, TAILS) and name not in engine.pool_names]
+    unknown = [name for name in engine.inputs if name not in (*KNOWN_INPUTS, TAILS) and name not in engine.pool_names]
     if unknown:
         raise LoweringError(f"the graph has inputs whose padding is not known: {', '.join(unknown)}")
     if new_recorder is None:
