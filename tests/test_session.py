@@ -586,7 +586,7 @@ def test_statistics_count_what_was_drafted_and_accepted(policy: Policy) -> None:
 def test_seconds_are_booked_to_their_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that only the fakes advance: target forwards, drafting and learning, nothing else."""
     now = 0.0
-    monkeypatch.setattr("specfx.runtime.stats.time.perf_counter", lambda: now)
+    monkeypatch.setattr("specfx.timing.time.perf_counter", lambda: now)
 
     def taking(seconds: float, verb: Callable[..., object]) -> Callable[..., object]:
         def timed(*arguments: object) -> object:
