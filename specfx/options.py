@@ -119,7 +119,9 @@ class MtpOptions:
     its number of layers). topk: how many tokens are followed at each step; 1 drafts a chain. num_draft_tokens: most tokens of a tree,
     the pending one included. None for either: what pays on the device at hand, within `num_speculative_tokens`. draft_vocab: a file of
     tokens to draft, as `specfx train mtp` writes it; "auto" takes the one beside the head, if there is one; None drafts all tokens.
-    min_token_prob: a node is verified only if the head finds its path at least this probable.
+    min_token_prob: a node is verified only if the head finds its path at least this probable. wiring: "published" runs a head as vLLM and
+    SGLang do; "transformers" as `generate(use_mtp=True)` does, which differs for Step-3.5 (the target's LM head for every layer, hidden
+    states after the final norm) and Inkling (the embedding without its norm).
     """
 
     head: str | Path | None = None
@@ -128,8 +130,10 @@ class MtpOptions:
     num_draft_tokens: int | None = None
     draft_vocab: str | Path | None = "auto"
     min_token_prob: float = 0.02
+    wiring: str = "published"
 
     def __post_init__(self) -> None:
+        _check(self.wiring in ("published", "transformers"), "wiring", self.wiring, 'must be "published" or "transformers"')
         steps, topk, most = self.num_steps, self.topk, self.num_draft_tokens
         _check(type(steps) is int and 1 <= steps < MAX_ROWS, "num_steps", steps, f"must be an int in 1..{MAX_ROWS - 1}")
         _check(topk is None or (type(topk) is int and 1 <= topk <= MAX_ROWS), "topk", topk, f"must be an int in 1..{MAX_ROWS}, or None")

@@ -163,6 +163,7 @@ def test_saving_a_wrapped_model_saves_the_stock_one(tmp_path: Path) -> None:
         ("suffix", {"min_token_prob": 0}, ["min_token_prob=0"]),
         ("suffix", {"disable_passes": ["tree_mask", "tree_musk"]}, ["tree_musk", "canonicalize_attention, paged_kv, tree_mask"]),
         ("mtp", {"head": "nowhere", "num_steps": 99}, ["num_steps=99"]),
+        ("mtp", {"head": "nowhere", "wiring": "vllm"}, ["wiring='vllm'", "published", "transformers"]),
     ],
 )
 def test_a_wrong_option_is_refused_at_once_with_what_is_known(method: Any, options: dict[str, Any], words: list[str]) -> None:

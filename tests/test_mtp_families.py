@@ -27,7 +27,7 @@ from specfx.cli import main
 from specfx.drafters import mtp_families
 from specfx.drafters.mtp import load_drafter
 from specfx.drafters.mtp_export import export_nextn
-from specfx.drafters.mtp_families import Wiring, find_head
+from specfx.drafters.mtp_families import find_head
 from specfx.drafters.mtp_head import MtpHead, load_head, save_head
 from specfx.drafters.mtp_kv import HeadKV
 from specfx.errors import HeadError, Reason
@@ -591,13 +591,8 @@ def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: 
 
     made = make(name)
     target, n = made.target, made.case.layers
-    drafter = load_drafter(MtpOptions(num_steps=n, topk=1, min_token_prob=0), 63, target)
+    drafter = load_drafter(MtpOptions(num_steps=n, topk=1, min_token_prob=0, wiring="transformers"), 63, target)
     head = drafter.head
-    if "output" in made.case.parts:  # transformers runs Step's layers with the target's head, on normed hidden states
-        for step in head.chain:
-            step.wiring = Wiring()
-            step.head.weight.copy_(target.get_output_embeddings().weight)
-    embed_like_transformers(head, target)
     stock = MtpModel(target, n).eval()
     for i, step in enumerate(made.truth):
         layer = stock.layers[i]
@@ -626,15 +621,6 @@ def test_one_pass_through_the_layers_is_transformers_mtp_model(name: str, make: 
         ids, positions = torch.cat([ids[:, 1:], tokens[:, i : i + 1]], dim=1), positions + 1
 
 
-def embed_like_transformers(head: MtpHead, target: PreTrainedModel) -> None:
-    """transformers 5.23 embeds an Inkling head's tokens without the target's norm; vLLM and SGLang, and the trained weights, want it."""
-    embed = copy.deepcopy(target.get_input_embeddings())
-    if hasattr(embed, "embed_norm"):
-        embed.embed_norm = torch.nn.Identity()
-        for step in head.chain:
-            step._unregistered = (embed, *step._unregistered[1:])
-
-
 @torch.no_grad()
 def test_drafts_of_a_whole_generation_are_transformers(make: Callable[..., Made], monkeypatch: pytest.MonkeyPatch) -> None:
     """`generate(use_mtp=True)` reads the same weights from the same names, and drafts the same tokens at every step: rejected drafts
@@ -657,12 +643,11 @@ def test_drafts_of_a_whole_generation_are_transformers(make: Callable[..., Made]
     prompt = torch.randint(VOCAB - 8, (1, 7), generator=torch.Generator().manual_seed(6))
     output = target.generate(prompt, max_new_tokens=20, do_sample=False, use_mtp=True, pad_token_id=0)[0].tolist()
     assert output == type(target).generate(target, prompt, max_new_tokens=20, do_sample=False, pad_token_id=0)[0].tolist()
-    drafter = load_drafter(MtpOptions(num_steps=2, min_token_prob=0), 63, target)
+    drafter = load_drafter(MtpOptions(num_steps=2, min_token_prob=0, wiring="transformers"), 63, target)
     for step, layer in zip(drafter.head.chain, models[0].layers, strict=True):
         theirs = {"layer." + n: t for n, t in layer.mtp_block.state_dict().items()}
         theirs |= {f"{part}.weight": getattr(layer, part).weight for part in ("enorm", "hnorm", "eh_proj")}
         assert same(states(step)[:1], [theirs | {"norm.weight": models[0].shared_post_norm.weight}])
-    embed_like_transformers(drafter.head, target)
     hidden, seen = true_hidden(target, output), prompt.shape[1]
     drafter.add(0, output[:seen])
     assert len(steps) > 8
@@ -1138,7 +1123,11 @@ def test_export_loads_back_equal(name: str, make: Callable[..., Made], tmp_path:
     shutil.rmtree(made.folder)
     head = load_head(out, made.target)
     assert same(states(head), made.truth)
-    assert head.wiring == mtp_families.family_of([made.target.config.model_type]).wiring
+    family = mtp_families.family_of([made.target.config.model_type])
+    assert head.wiring == family.wiring
+    others = load_head(out, made.target, wiring="transformers")
+    assert others.wiring == (family.in_transformers or family.wiring)
+    assert same(states(others), [{n: t for n, t in step.items() if not n.startswith("head.")} for step in made.truth])
 
 
 def test_deepseek_export_has_sglangs_names(make: Callable[..., Made], tmp_path: Path) -> None:

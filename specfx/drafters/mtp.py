@@ -91,7 +91,7 @@ def load_drafter(options: MtpOptions, max_nodes: int, target: nn.Module) -> MtpD
     checkpoint; raises `HeadError` if there is none or it doesn't fit `target`."""
     device = next(target.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # a layer is made with random weights, then read
-        head = load_head(options.head, target, options.draft_vocab)
+        head = load_head(options.head, target, options.draft_vocab, options.wiring)
     head.try_out(target)
     shape = options.shape(max_nodes, chains_only=head.recurrent)
     if head.draft_ids is not None:

@@ -33,6 +33,7 @@ class Wiring:
     norm. feeds_raw: and, from the second step on, its own from before its norm (the norm is then part of `MtpHead.logits`).
     zero_first: the embedding in the pair at position 0 is zero. streams: hidden states are the hyper-connection streams of a token, of
     which each is projected and added to the projected embedding; the head's own ``hc_head`` makes one of them before its norm.
+    bare_embedding: a token's row of the embedding matrix is taken without the norm that ends the target's embedding.
     """
 
     hidden_first: bool = False
@@ -40,6 +41,7 @@ class Wiring:
     feeds_raw: bool = False
     zero_first: bool = False
     streams: bool = False
+    bare_embedding: bool = False
 
 
 _DEEPSEEK_PARTS = {"enorm": "{layer}enorm.", "hnorm": "{layer}hnorm.", "eh_proj": "{layer}eh_proj.", "norm": "{layer}shared_head.norm."}
@@ -65,7 +67,8 @@ class Family:
     config's fields that list the sublayers that are one layer of the head together. kinds: the config's fields that list the target's
     kinds of layer -> the kind of the head's. converted_as: the model type whose names
     transformers converts, for a target of one that has none converted. norm, rotary: the target's final norm, and whether its layers
-    take rotary positions. divisor: the config's field for what the target divides the LM head's input by.
+    take rotary positions. divisor: the config's field for what the target divides the LM head's input by. in_transformers: the wiring of
+    transformers' `MtpModel`, where that is another one (`as_wired`).
     """
 
     name: str
@@ -86,6 +89,7 @@ class Family:
     rotary: bool = True
     divisor: str | None = None
     wiring: Wiring = Wiring()
+    in_transformers: Wiring | None = None
 
 
 FAMILIES: tuple[Family, ...] = (
@@ -156,6 +160,7 @@ FAMILIES: tuple[Family, ...] = (
         strip=("transformer.",),
         default=3,
         wiring=Wiring(takes_raw=True, feeds_raw=True),
+        in_transformers=Wiring(),
     ),
     Family("Bailing", ("bailing_hybrid",), parts=_FINAL_LAYERNORM),
     Family("HY-V3", ("hy_v3",), parts=_FINAL_LAYERNORM, wiring=Wiring(zero_first=True)),
@@ -170,7 +175,8 @@ FAMILIES: tuple[Family, ...] = (
         norm="norm_f",
         rotary=False,
     ),
-    # vLLM and SGLang embed with the target's own norm, as the checkpoint was trained; transformers 5.23 leaves it out.
+    # vLLM and SGLang embed with the target's own norm, as the checkpoint was trained; transformers 5.23 leaves it out. The head's own
+    # LM heads, for Step-3.5, and the hidden states before the norm it leaves out too.
     Family(
         "Inkling",
         ("inkling_mm_model", "inkling", "inkling_text"),
@@ -190,6 +196,7 @@ FAMILIES: tuple[Family, ...] = (
         rotary=False,
         divisor="logits_mup_width_multiplier",
         wiring=Wiring(hidden_first=True),
+        in_transformers=Wiring(hidden_first=True, bare_embedding=True),
     ),
     # Wiring of the checkpoint's own inference code. Its compress_ratios end with a 0 for the head: a window, and no compressed rows.
     Family(
@@ -212,6 +219,16 @@ def exported(family: Family) -> Family:
     """`family` under the names of a NextN export: those of `PLAIN`, with the family's own wiring."""
     parts = {part: _EXPORTED_PARTS[part] for part in family.parts}
     return dataclasses.replace(family, layer=PLAIN.layer, parts=parts, root="", ignored=(), strip=(), renames=(), count=None, default=None)
+
+
+def as_wired(family: Family, wiring: str) -> Family:
+    """`family` with the wiring that `MtpOptions.wiring` names: the "published" one (vLLM's and SGLang's), or that of "transformers",
+    which runs every head with the target's LM head, whether or not the checkpoint has one of its own."""
+    if wiring == "published" or family.in_transformers is None:
+        return family
+    parts = {own: template for own, template in family.parts.items() if own != "head"}
+    unused = tuple(template for own, template in family.parts.items() if own == "head")
+    return dataclasses.replace(family, parts=parts, ignored=family.ignored + unused, wiring=family.in_transformers)
 
 
 _EXPORTED_PARTS = (
@@ -302,33 +319,33 @@ def stored_name(family: Family, prefixes: tuple[str, ...], i: int, part: str) ->
     return prefixes[int(place)] + after
 
 
-def find_head(target: Any, path: str | Path | None = None) -> FoundHead:
+def find_head(target: Any, path: str | Path | None = None, wiring: str = "published") -> FoundHead:
     """Where the head for `target` is: in `path`, or in the target's own checkpoint (``config._name_or_path``: a folder, or a model
-    in the Hub's cache).
+    in the Hub's cache), to be run with `wiring` (`as_wired`).
 
     `path` is a safetensors file or a folder with a head of specfx, an exported NextN folder, or a checkpoint of a known family.
     Reads names only. Raises `HeadError` if there is no head.
     """
     if path is not None:
-        return find_head_in(Path(path))[0]
+        return find_head_in(Path(path), wiring)[0]
     config = target.config.to_dict() | {"model_type": target.config.model_type}
     name = target.config._name_or_path
     family = family_of(model_types(config))
     if family is None:
         raise HeadError(f"{name!r} is of model type {config['model_type']!r}, which has no MTP head that specfx knows; {_known()}. {TRAIN}")
     place = checkpoint_folder(name, getattr(target.config, "_commit_hash", None))
-    return locate(family, place, weight_files(place), config)
+    return locate(as_wired(family, wiring), place, weight_files(place), config)
 
 
-def find_head_in(place: Path) -> tuple[FoundHead, dict[str, Any]]:
+def find_head_in(place: Path, wiring: str = "published") -> tuple[FoundHead, dict[str, Any]]:
     """The head in a file or folder, and the ``config.json`` beside it (empty where there is none). Raises `HeadError`."""
     files, config = weight_files(place), read_config(place)
     family = family_of(model_types(config))
     if family is not None and any(str(a).endswith("NextN") for a in config.get("architectures") or ()):
-        return locate(exported(family), place, files, config), config
+        return locate(as_wired(exported(family), wiring), place, files, config), config
     if family is None or PLAIN.layer[0].format(i=0) + "eh_proj.weight" in files:
         return locate(PLAIN, place, files, {}), config
-    return locate(family, place, files, config), config
+    return locate(as_wired(family, wiring), place, files, config), config
 
 
 def locate(family: Family, place: Path, files: Mapping[str, Path], config: Mapping[str, Any]) -> FoundHead:

@@ -232,7 +232,7 @@ class MtpHead(nn.Module):
     ) -> torch.Tensor:
         """`forward` with nothing decided here: positions ``[B or 1, T]``, and the mask that the layer's attention takes."""
         embed, _, rotary, _ = self._unregistered
-        embedded = embed(tokens)
+        embedded = nn.functional.embedding(tokens, embed.weight) if self.wiring.bare_embedding else embed(tokens)
         if self.wiring.zero_first:
             embedded = embedded.masked_fill((positions == 0)[..., None], 0)
         z = self._joined(embedded, hidden)
@@ -331,15 +331,16 @@ def save_head(head: MtpHead, path: str | Path, metadata: Mapping[str, str] | Non
     return file
 
 
-def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Path | None = None) -> MtpHead:
+def load_head(path: str | Path | None, target: nn.Module, draft_vocab: str | Path | None = None, wiring: str = "published") -> MtpHead:
     """Read a head for `target` from a safetensors file, from the folder that holds one (or its shards), from an exported NextN folder
     or the checkpoint of a known family; None looks in the target's own checkpoint (`specfx.drafters.mtp_families.find_head`).
-    draft_vocab: a file of `save_draft_vocab`, or the folder that holds it; "auto": the one beside the head, if there is one.
+    draft_vocab: a file of `save_draft_vocab`, or the folder that holds it; "auto": the one beside the head, if there is one. wiring: as in
+    `MtpOptions`.
 
     Raises `HeadError`, which names every weight in question with both shapes, if a weight is missing, left over or of another shape,
     or not finite in the target's dtype. A head of another precision is cast, with a warning.
     """
-    found = find_head(target, path)
+    found = find_head(target, path, wiring)
     where = found.where
     stored = [to_target_names(target, found.family, weights, where) for weights in found.read()]
     if found.family is PLAIN:
