@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specfx.passes.canonicalize_attention import canonicalize_attention
+from specfx.passes.draft_on_demand import draft_on_demand
 from specfx.passes.epilogue import epilogue
 from specfx.passes.framework import Pass
 from specfx.passes.materialize_shared import materialize_shared
@@ -18,5 +19,5 @@ REWRITE: tuple[Pass, ...] = (canonicalize_attention, paged_kv, tree_mask, epilog
 DRAFTING: tuple[Pass, ...] = (mtp_head,)
 """What makes it draft as well, where there is a head to stitch."""
 
-LOWERING: tuple[Pass, ...] = (materialize_shared, pack_linears, regions)
+LOWERING: tuple[Pass, ...] = (materialize_shared, pack_linears, draft_on_demand, regions)
 """What the compiled engine adds for the machine at hand."""

@@ -31,12 +31,12 @@ from specfx.passes.framework import NoMatch, Pass, PassContext, calls
 invoke = torch.ops.higher_order.invoke_subgraph
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int))
 
 
 @dataclass
-class _Stretch:
+class Stretch:
     """Consecutive nodes. inputs: what they read from outside, in the order of first use. form: equal for stretches that are alike."""
 
     nodes: Sequence[fx.Node]
@@ -47,7 +47,7 @@ class _Stretch:
         place: dict[fx.Node, str] = {}
 
         def name(node: fx.Node) -> Any:
-            if _is_size(node):  # computed again inside, from a tensor that comes from outside
+            if is_size(node):  # computed again inside, from a tensor that comes from outside
                 return (str(node.target), fx.map_arg(node.args, name), str(node.meta["val"]))
             if node not in place:
                 place[node] = f"in{len(self.inputs)}"
@@ -98,16 +98,16 @@ def _alive(nodes: Sequence[fx.Node]) -> list[int]:
     return alive
 
 
-def _stretches(nodes: Sequence[fx.Node], lead: int, anchors: Sequence[int]) -> list[_Stretch]:
+def _stretches(nodes: Sequence[fx.Node], lead: int, anchors: Sequence[int]) -> list[Stretch]:
     """The stretches that begin `lead` nodes before each anchor, as long as they are alike to another."""
     starts = [a - lead for a in anchors]
-    whole = [_Stretch(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+    whole = [Stretch(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
     counts = Counter(s.form for s in whole)
     kinds = {s.form: len(s.nodes) for s in whole[:-1]}
-    found: list[_Stretch] = []
+    found: list[Stretch] = []
     for start, stretch in zip(starts, whole, strict=True):
         if counts[stretch.form] < 2:  # more than a layer stands before the next anchor, or behind the last one
-            shorter = (_Stretch(nodes[start : start + n]) for n in sorted(set(kinds.values()), reverse=True) if n < len(stretch.nodes))
+            shorter = (Stretch(nodes[start : start + n]) for n in sorted(set(kinds.values()), reverse=True) if n < len(stretch.nodes))
             stretch = next((s for s in shorter if s.form in kinds), stretch)
         found.append(stretch)
     counts = Counter(s.form for s in found)
@@ -115,7 +115,7 @@ def _stretches(nodes: Sequence[fx.Node], lead: int, anchors: Sequence[int]) -> l
 
 
 def run(module: fx.GraphModule, context: PassContext) -> int:
-    nodes = [n for n in module.graph.nodes if n.op == "call_function" and not _is_size(n)]
+    nodes = [n for n in module.graph.nodes if n.op == "call_function" and not is_size(n)]
     attentions = set(calls(module, tree_attention_))
     anchors = [i for i, n in enumerate(nodes) if n in attentions]
     if len(anchors) < 2:
@@ -126,7 +126,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     leads = [lead for lead in range(room + 1) if alive[anchors[1] - lead] == fewest]
     found = max((_stretches(nodes, lead, anchors) for lead in leads), key=lambda s: sum(len(x.nodes) for x in s))
     found = [s for s in found if _owns_its_pools(s)]
-    kinds: dict[tuple[Any, ...], list[_Stretch]] = defaultdict(list)
+    kinds: dict[tuple[Any, ...], list[Stretch]] = defaultdict(list)
     for stretch in found:
         kinds[stretch.form].append(stretch)
     outlined = [alike for alike in kinds.values() if len(alike) > 1]
@@ -136,13 +136,13 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     return sum(map(len, outlined))
 
 
-def _owns_its_pools(stretch: _Stretch) -> bool:
+def _owns_its_pools(stretch: Stretch) -> bool:
     inside = set(stretch.nodes)
     pools = [pool for n in stretch.nodes if n.target is tree_attention_ for pool in n.args[8:10]]
     return all(user in inside for pool in pools for user in pool.users)  # type: ignore[union-attr]
 
 
-def _outline(module: fx.GraphModule, name: str, alike: Sequence[_Stretch], replaced: dict[fx.Node, fx.Node]) -> None:
+def _outline(module: fx.GraphModule, name: str, alike: Sequence[Stretch], replaced: dict[fx.Node, fx.Node]) -> None:
     """replaced: what stands now for nodes of stretches that are calls already."""
     read_outside = [
         {i for i, node in enumerate(s.nodes) if any(user not in inside for user in node.users)} for s in alike for inside in [set(s.nodes)]
@@ -151,7 +151,7 @@ def _outline(module: fx.GraphModule, name: str, alike: Sequence[_Stretch], repla
     for stretch in alike:
         inputs = [replaced.get(n, n) for n in stretch.inputs]  # of the call before, say
         if stretch is alike[0]:
-            setattr(module, name, _region(stretch.nodes, inputs, returned))
+            setattr(module, name, graph_of(stretch.nodes, inputs, returned))
         last = stretch.nodes[-1]
         with module.graph.inserting_after(last):
             region = module.graph.get_attr(name)
@@ -170,7 +170,8 @@ def _outline(module: fx.GraphModule, name: str, alike: Sequence[_Stretch], repla
             module.graph.erase_node(node)
 
 
-def _region(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], returned: Sequence[int]) -> fx.GraphModule:
+def graph_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], returned: Sequence[int]) -> fx.GraphModule:
+    """A graph of its own of `nodes`, which takes `inputs` and returns the nodes at the places `returned`; sizes are computed again."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate(inputs):
@@ -180,7 +181,7 @@ def _region(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], returned: Seque
     def copy(node: fx.Node) -> None:
         for source in node.all_input_nodes:
             if source not in copies:
-                if not _is_size(source):
+                if not is_size(source):
                     raise PassError(f"{source} is neither in the region nor an input of it")
                 copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 from torch import fx
 from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
@@ -109,6 +108,27 @@ def triton_version() -> str:
 def inductor_settings() -> str:
     """All of Inductor's settings that its own cache key holds, as they are now (`save_config_portable`)."""
     return str(sorted(config.save_config_portable().items(), key=str))
+
+
+def trust_cpu_flags() -> None:
+    """From now on Inductor takes the vector instructions that the CPU says it has, without most of the test programs by which it finds out
+    whether compiler and loader agree (six seconds; `VecISA.check_build`). For a process that only compiles, and whose compiler has just
+    built kernels with these instructions for this CPU; AMX for fp16, which those don't have, is still tried."""
+    from torch._inductor.cpu_vec_isa import VecAMX, VecISA
+
+    tried = VecISA.check_build
+
+    def check_build(self: Any, code: str) -> bool:
+        return code != VecAMX._amx_fp16_code or tried(self, code)
+
+    VecISA.check_build = check_build  # type: ignore[method-assign]
+
+
+def precompile_cpp_header() -> None:
+    """Have the header of Inductor's C++ kernels compiled, which the first of them would wait for (`CppCodeCache.load_async`)."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    CppPythonBindingsCodeCache.load_pybinding_async([], 'extern "C" void kernel() {}')  # itself compiled only when it is called
 
 
 def sources_hash() -> str:
@@ -222,6 +242,7 @@ def inductor_compile(module: fx.GraphModule, example_inputs: Sequence[Any], opti
     """
     _prepare_lowerings(example_inputs)
     from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner  # a second to import: not before it is needed
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,33 +61,25 @@ def shared_storage(module: nn.Module) -> dict[int, Any]:
 class Fingerprint:
     """Where every parameter and saved buffer lies, and what it holds, at one moment.
 
-    `values` has a version counter and the sum of up to 64 numbers' bits of each: changes through ``.data`` (as adapters are merged)
-    go round the counters, and inference tensors have none.
+    `values` has a version counter and up to 64 numbers of each: changes through ``.data`` (as adapters are merged) go round the counters,
+    and inference tensors have none.
     """
 
     storage: tuple[tuple[int, torch.dtype, torch.device, torch.Size], ...]
-    values: tuple[tuple[int, int], ...]
+    values: tuple[tuple[int, ...], bytes]
 
     @classmethod
     def of(cls, model: nn.Module) -> Fingerprint:
         tensors = list(model.state_dict(keep_vars=True).values())
         storage = tuple((t.data_ptr(), t.dtype, t.device, t.shape) for t in tensors)
-        samples = [_sample(t) for t in tensors]
-        if len({s.device for s in samples}) > 1:
-            samples = [s.cpu() for s in samples]
-        sums = torch.stack(samples).tolist() if samples else []  # one copy from the device
-        versions = [0 if t.is_inference() else t._version for t in tensors]
-        return cls(storage, tuple(zip(versions, sums, strict=True)))
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """The sum of the bits of up to 64 numbers spread over `tensor`, int64 ``[]``."""
-    flat = tensor.detach().reshape(-1)
-    bits = flat[:: max(1, flat.numel() // 64)].view(_BITS[tensor.element_size()])
-    return bits.sum(dtype=torch.int64)
+        versions = tuple(0 if t.is_inference() else t._version for t in tensors)
+        samples = defaultdict[tuple[torch.device, torch.dtype], list[Tensor]](list)
+        for t in tensors:
+            flat = t.detach().reshape(-1)
+            samples[t.device, t.dtype].append(flat[:: max(1, flat.numel() // 64)])
+        # one copy from the device for each dtype
+        numbers = b"".join(torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes() for alike in samples.values())
+        return cls(storage, (versions, numbers))
 
 
 def refuse_strange_attention(module: nn.Module, mask: Tensor | None, more: dict[str, Any]) -> None:

@@ -11,7 +11,6 @@ import functools
 import inspect
 import logging
 import threading
-import weakref
 from collections import Counter
 from typing import Any
 
@@ -22,12 +21,10 @@ from transformers.generation import GenerationMixin, GenerationMode, StopStringC
 
 from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter, warm_up
-from specfx.engines.base import Engine
 from specfx.engines.choose import Ladder, Prepared
 from specfx.errors import OptionError, PromptError
 from specfx.options import CommonOptions, parse
 from specfx.runtime import page_cache
-from specfx.runtime.budget import Budget
 from specfx.runtime.decode import speculative_decode
 from specfx.runtime.stats import CallStats, Stats
 from specfx.support import require_plain_model
@@ -56,7 +53,6 @@ class SpeculativeGenerate:
         self.stock_calls: Counter[str] = Counter()
         self.first_call: dict[str, float] = {}
         self.lock = threading.RLock()
-        self._budgets: weakref.WeakKeyDictionary[Engine, Budget] = weakref.WeakKeyDictionary()
         self.__doc__ = type(model).generate.__doc__
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeGenerate:
@@ -112,7 +108,7 @@ class SpeculativeGenerate:
                 keeper=ladder.keeper,
                 drafter=self.drafter,
                 max_nodes=self.common.num_speculative_tokens,
-                budget=self._budgets.setdefault(ladder.engine, Budget()),
+                budget=ladder.budgets[self.drafter.name],
                 stats=call,
                 record_stock=self._stock,
                 streamer=kwargs.get("streamer"),

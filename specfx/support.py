@@ -10,14 +10,16 @@ from specfx.errors import UnsupportedModelError
 def require_plain_model(model: PreTrainedModel) -> None:
     """Raise `UnsupportedModelError` for what is known to break: named, with the remedy."""
     name = type(model).__name__
-    if getattr(model, "peft_config", None) or any(type(m).__module__.startswith("peft.") for m in model.modules()):
+    modules = list(model.named_modules())
+    if getattr(model, "peft_config", None) or any(type(m).__module__.startswith("peft.") for _, m in modules):
         raise UnsupportedModelError(f"{name} carries a PEFT adapter: merge it first (model.merge_and_unload())")
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise UnsupportedModelError(f"{name} is not a transformers model that can generate: load one with AutoModelForCausalLM")
     if not model.can_generate():
         raise UnsupportedModelError(f"{name} can't generate: load it with AutoModelForCausalLM")
-    hooked = next((n for n, m in model.named_modules() if hasattr(m, "_hf_hook")), None)
-    devices = {p.device for p in model.parameters()}
+    hooked = next((n for n, m in modules if hasattr(m, "_hf_hook")), None)
+    parameters = list(model.named_parameters())
+    devices = {p.device for _, p in parameters}
     if hooked is not None or len(devices) > 1:
         where = f"module {hooked or 'root'!r} has an offload hook" if hooked is not None else f"weights on {', '.join(map(str, devices))}"
         raise UnsupportedModelError(f"{name} is spread over devices ({where}): load it on one device, without device_map")
@@ -25,7 +27,7 @@ def require_plain_model(model: PreTrainedModel) -> None:
     if quantizer is not None and not getattr(quantizer.quantization_config, "dequantize", False):
         method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
         raise UnsupportedModelError(f"{name} is quantised ({method}): load it dequantised")
-    for parameter_name, parameter in model.named_parameters():
+    for parameter_name, parameter in parameters:
         if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
             raise UnsupportedModelError(f"{name} is tensor-parallel ({parameter_name} is a DTensor): load it without tp_plan")
         if not parameter.is_floating_point():

@@ -68,6 +68,7 @@ class FakeEngine:
     raises: dict[str, int] = field(default_factory=dict)
     name: str = "fake"
     max_rows: int = 512
+    drafts: bool = False
     kept: dict[int, list[int]] = field(default_factory=dict)
     capacity: dict[int, int] = field(default_factory=dict)
     fresh: dict[int, list[list[int]]] = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""What the compiling process makes: the rewritten graph and the lowered one, unproven, and the C++ kernels on the way."""
+"""What the compiling process makes: the rewritten graph and the lowered one, unproven."""
 
 from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 from transformers import PreTrainedModel
@@ -14,18 +14,22 @@ from specfx.artifacts.shelf import Shelf
 from specfx.drafters.mtp import Drafting
 from specfx.engines.compiled import lower
 from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
-from specfx.errors import ArtifactError, LoweringError, Refusal
-from specfx.kernels import cpu_build
+from specfx.errors import ArtifactError, Refusal
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext
 from specfx.timing import timed
 
 
 def artifacts(
-    model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None, names: tuple[str, str], warm_up: Callable[[], None]
+    model: PreTrainedModel,
+    options: CommonOptions,
+    drafting: Drafting | None,
+    names: tuple[str, str],
+    warm_up: Callable[[], None],
+    packs: Future[bool],
 ) -> dict[str, float]:
     """Put the artifacts of `model` on its shelf and return the seconds of each stage. names: of the rewritten and of the lowered graph,
-    as the process that asks for them knows them.
+    as the process that asks for them knows them. packs: whether linears can be packed here.
 
     Raises `ArtifactError` if they would have other names here or can't be kept, and what capture and compiler raise.
     """
@@ -34,10 +38,9 @@ def artifacts(
     shelf = Shelf(model, options, drafting, problems.append)
     if (shelf.graph_name, shelf.lowered_name) != names:
         raise ArtifactError("the model's structure or the settings look different there")
-    with _beside(warm_up), store.alone(shelf.lowered_name), ThreadPoolExecutor(1) as aside:
+    with _beside(warm_up), store.alone(shelf.lowered_name):
         if shelf.has_lowered():  # another process was quicker
             return seconds
-        packs = aside.submit(_packs)  # a C++ compiler works beside the capture
         module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
         if drafting is not None:
             with timed(seconds, "stitching"):
@@ -73,11 +76,3 @@ def _graph(model: PreTrainedModel, options: CommonOptions, shelf: Shelf, seconds
         require_kv(*stored)
         shelf.keep_graph(*stored, model)
     return stored
-
-
-def _packs() -> bool:
-    """Whether linears can be packed here, now that the kernels are built."""
-    try:
-        return cpu_build.load().packs
-    except LoweringError:  # found again, and recorded, by the process that asks
-        return False

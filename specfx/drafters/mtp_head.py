@@ -231,6 +231,7 @@ class MtpHead(nn.Module):
         self, tokens: torch.Tensor, hidden: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None, kv: HeadKV | None
     ) -> torch.Tensor:
         """`forward` with nothing decided here: positions ``[B or 1, T]``, and the mask that the layer's attention takes."""
+        embed: Any
         embed, _, rotary, _ = self._unregistered
         embedded = nn.functional.embedding(tokens, embed.weight) if self.wiring.bare_embedding else embed(tokens)
         if self.wiring.zero_first:

@@ -33,6 +33,8 @@ class Rows:
     one pending token and the tree's nodes are appended as further rows (row ``i + 1`` is node ``i``).
     last_only: compute logits only for the last row (a prefill). following: the token behind the last row where it is known (the rest
     of a prompt), for an engine that drafts. draw: how the token behind each row is drawn; None: it is the most probable one.
+    drafts: whether an engine that drafts is asked for the next draft; of several sequences one that asks is enough. It drafts behind
+    trees with branches unasked.
     """
 
     seq: int
@@ -41,6 +43,7 @@ class Rows:
     last_only: bool = False
     following: int | None = None
     draw: Draw | None = None
+    drafts: bool = True
 
     def __post_init__(self) -> None:
         if self.tree is not None and len(self.tokens) != 1:
@@ -75,7 +78,7 @@ class RowsOutput:
     choice: ``[n]`` (``[1]`` if `last_only`) the token that the target chooses behind each row, as `Rows.draw` says, ints.
     logits: ``[n | 1, V]``, the model's dtype. hidden: ``[rows, H]``, the LM head's inputs, for *all* rows (also with `last_only`);
     None if the engine can't tell. Logits and hidden may be views that the next forward overwrites. draft: the next draft, from an
-    engine that drafts; it hangs on the choice behind the last row of a walk along the choices.
+    engine that drafts; it hangs on the choice behind the last row of a walk along the choices, and is empty where none was asked for.
     """
 
     choice: list[int]

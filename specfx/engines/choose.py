@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,9 @@ from specfx.passes.framework import PassRecord
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
 from specfx.timing import timed
+
+_GRACE = 0.25
+"""Seconds between `speculate` and the start of the process that compiles, which reads much from the disk: a first token comes before."""
 
 
 def _nothing() -> None:
@@ -140,6 +144,7 @@ class Prepared:
 
         def work() -> None:
             if order is not None:
+                time.sleep(_GRACE)
                 try:
                     with timed(ladder.seconds, "worker"):
                         spent = worker.fill(order)

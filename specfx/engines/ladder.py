@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from specfx.errors import CaptureError, GateError, LoweringError, PassError, Rea
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord
 from specfx.passes.pack_linears import pack_linears
+from specfx.runtime.budget import Budget
 from specfx.runtime.held import Keeper
 from specfx.timing import timed
 
@@ -81,13 +83,14 @@ class Job:
 class Ladder:
     """The engines over one graph. State; `engine` serves the next call.
 
-    refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one, or one from an artifact.
+    budgets: by drafter, what was learned of drafts on the engine that serves. refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one, or one from an artifact.
     """
 
     def __init__(self) -> None:
         self.engine: Engine = StockEngine()
         self.module: fx.GraphModule | None = None
         self.keeper = Keeper(self.engine)
+        self.budgets: defaultdict[str, Budget] = defaultdict(Budget)
         self.refusals: list[Refusal] = []
         self.records: tuple[PassRecord, ...] = ()
         self.seconds: dict[str, float] = {}
@@ -145,6 +148,7 @@ class Ladder:
         if self.engine is not self._latest:
             self.engine = self._latest
             self.keeper = Keeper(self.engine)
+            self.budgets.clear()
         self.keeper.follow(weights)
         if isinstance(self.engine, CompiledEngine) and self.engine.packed_at != weights:
             self.engine.refresh()

@@ -24,11 +24,12 @@ from specfx.engines import transfer
 from specfx.engines.base import Rows, RowsOutput, draws_of
 from specfx.kernels.keyed_sample import keyed_sample
 from specfx.kernels.library import REFERENCES
+from specfx.passes.draft_on_demand import DRAFTING
 from specfx.passes.epilogue import KEYS, WARP
 from specfx.passes.framework import calls, copy_module, placeholder
 from specfx.passes.mtp_head import NEXT_IDS, TAILS
 from specfx.runtime.kv_pool import KVPool, LayerShape
-from specfx.runtime.tree import MAX_ROWS
+from specfx.runtime.tree import EMPTY_TREE, MAX_ROWS, DraftTree
 
 aten = torch.ops.aten
 _MOST_ROWS = 4096
@@ -68,6 +69,11 @@ def as_int64(word: int) -> int:
 
 def _host(values: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype, device="cpu")
+
+
+def _drafts(batch: Sequence[Rows]) -> bool:
+    """Whether the next draft is made: where it is asked for, and behind trees with branches (`specfx.passes.draft_on_demand`)."""
+    return any(rows.drafts or (rows.tree is not None and not rows.tree.is_chain) for rows in batch)
 
 
 class PagedEngine:
@@ -177,6 +183,7 @@ class PagedEngine:
             KEYS: keys,
             WARP: warp,
             NEXT_IDS: _host(next_ids),
+            DRAFTING: torch.tensor(_drafts(batch)),
             **tails,
             **dict(zip(self.pool_names, self.pool.pools, strict=True)),
         }
@@ -194,7 +201,9 @@ class PagedEngine:
                 self._new_tails |= zip([rows.seq for rows in batch], rest[4].clone(), strict=True)
             chosen, *drafted = transfer.to_host(rest[:4])
         choice: list[int] = chosen.tolist()
-        drafts = trees(tuple(drafted)) if self.drafts else [None] * len(batch)
+        drafts: Sequence[DraftTree | None] = [EMPTY_TREE if self.drafts else None] * len(batch)
+        if self.drafts and _drafts(batch):
+            drafts = trees(tuple(drafted))
         outputs, row, read = [], 0, 0
         for rows, draft in zip(batch, drafts, strict=True):
             count, reads = rows.count, rows.reads

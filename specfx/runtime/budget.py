@@ -1,30 +1,51 @@
-"""How much of what was drafted is worth verifying: one budget for all sequences of a step.
+"""How much of what was drafted is worth verifying, and whether the next draft is worth making: one budget for all sequences of a step.
 
-A forward of n rows takes ``fixed + each * n`` seconds, fitted to the forwards that were run; a row is taken to cost what it surely costs
-(two standard errors less than the best guess), so that on a busy machine nothing is left out for noise. A node brings a token with the
-probability that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately. Of all
-nodes of all sequences the most probable are verified, as many as give the most tokens per second. So where rows cost, unlikely nodes are
-left out, wherever they hang; and where drafts fail, decoding is plain, but for a probe now and then to see whether they still do. Forwards
-that all have as many rows don't tell what a row costs: then one of them is plain now and then.
+A forward of n rows takes ``fixed + each * n`` seconds, and ``drafting`` more if the next draft is part of it; fitted to the forwards that
+were run. A row is taken to cost what it surely costs (two standard errors less than the best guess), so that on a busy machine nothing is
+left out for noise. A node brings a token with the probability that its path is accepted: the drafter's estimate, times how much of the
+drafter's estimates has come true lately.
+
+1. **Verify**: of all nodes of all sequences the most probable are verified, as many as give the most tokens per second. So where rows cost,
+   unlikely nodes are left out, wherever they hang. A batch is done when its last sequence is: tokens of the sequences that are behind
+   count more (`urgency`).
+2. **Draft**: a draft is made as long as the seconds that drafts have saved lately exceed those that one takes. Else decoding is plain, but
+   for a probe now and then that is verified whole; a probe that came true is followed by another draft at once.
+
+Forwards that are all alike don't tell what a row costs, or a draft: then one of them is plain now and then.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 _MEMORY = 0.98
 """Weight that an observation keeps when the next one comes: the last fifty count."""
 _FEWEST = 16
-"""Forwards to see before anything is left out."""
+"""Forwards to see before nodes are left out."""
+_FEWEST_RESTED = 8
+"""Forwards to see before drafts are."""
 _PROBE = 32
-"""One step in so many verifies all that was drafted."""
+"""One step in so many verifies all that was drafted, and drafts at all."""
+_FIRST_PAUSE = 4
+"""Steps from the first one without a draft to the first probe; each probe that fails doubles them, up to `_PROBE`."""
 _LEAST_VARIANCE = 0.1
 """Of the rows of forwards; with less, what a row costs can't be told."""
-_EXPECTED = 4.0
+_LEAST_SEEN = 3.0
+"""Forwards with and without a draft, by their weight; with less, what a draft costs can't be told."""
+_SUPPOSED = 0.2
+"""Of the time of a forward: what a draft is taken to cost until that could be told once."""
+_CHEAP = 0.02
+"""Of the time of a forward: drafts that cost less are always made."""
+_EXPECTED = 2.0
 """Accepted tokens that the drafter is believed to have foretold rightly before it began."""
+_VALUE_MEMORY = 0.85
+"""As `_MEMORY`, of what a draft saves."""
+_URGENT = 4.0
+"""A sequence with half as many steps to go as the last one counts ``2 ** -_URGENT`` as much."""
 
 
 class Budget:
@@ -32,23 +53,36 @@ class Budget:
 
     def __init__(self) -> None:
         self._steps = self._forwards = 0
-        self._weight = self._rows = self._seconds = self._squares = self._products = self._spread = 0.0
+        self._normal = np.zeros((3, 3))  # of least squares over (1, rows, drafted), and seconds
+        self._seconds = np.zeros(3)
+        self._squares = 0.0
+        self._apart = 0.0  # seconds of a draft that is not part of a forward
+        self._within: float | None = None  # and of one that is
         self._expected = self._accepted = _EXPECTED
+        self._value: float | None = None  # seconds that a draft saves
+        self._probing = self._again = False
+        self._rested, self._pause = 0, _FIRST_PAUSE
+        self._fitted: tuple[float, float, float] | None = None
 
-    def note_forward(self, rows: int, seconds: float) -> None:
+    def note_forward(self, rows: int, seconds: float, drafted: bool = False) -> None:
+        """A forward of `rows` rows, which made the next draft or did not, took `seconds`."""
         if self._forwards >= _FEWEST:
-            seconds = min(seconds, 3 * self._cost(rows))  # something else went on
-        self._forwards += 1
-        self._weight = _MEMORY * self._weight + 1.0
-        self._rows = _MEMORY * self._rows + rows
-        self._seconds = _MEMORY * self._seconds + seconds
-        self._squares = _MEMORY * self._squares + rows * rows
-        self._products = _MEMORY * self._products + rows * seconds
-        self._spread = _MEMORY * self._spread + seconds**2
+            seconds = min(seconds, 3 * self._cost(rows, drafted))  # something else went on
+        self._forwards, self._fitted = self._forwards + 1, None
+        x = np.array([1.0, rows, drafted])
+        self._normal = _MEMORY * self._normal + np.outer(x, x)
+        self._seconds = _MEMORY * self._seconds + seconds * x
+        self._squares = _MEMORY * self._squares + seconds**2
+
+    def note_drafting(self, seconds: float) -> None:
+        """Drafting for a step took `seconds` beside the forward."""
+        self._apart = _VALUE_MEMORY * self._apart + (1 - _VALUE_MEMORY) * seconds if self._apart else seconds
 
     def note_draft(self, tree: DraftTree, accepted: int) -> None:
-        self._expected = _MEMORY * self._expected + sum(tree.probs)
+        expected = sum(tree.probs)
+        self._expected = _MEMORY * self._expected + expected
         self._accepted = _MEMORY * self._accepted + accepted
+        self._again |= accepted > max(0.5, expected / 2)
 
     @property
     def trust(self) -> float:
@@ -57,43 +91,99 @@ class Budget:
 
     @property
     def _variance(self) -> float:
-        return self._squares / self._weight - (self._rows / self._weight) ** 2
+        """Of the rows of forwards."""
+        weight, rows = self._normal[0, :2]
+        return float(self._normal[1, 1] / weight - (rows / weight) ** 2)
 
-    def _fit(self) -> tuple[float, float]:
-        """(fixed, each) by least squares, `each` cautiously."""
-        rows, seconds = self._rows / self._weight, self._seconds / self._weight
-        variance = self._variance
-        if variance < 1e-9:
-            return seconds, 0.0
-        each = (self._products / self._weight - rows * seconds) / variance
-        unexplained = max(0.0, self._spread / self._weight - seconds * seconds - each * each * variance)
-        each -= 2 * math.sqrt(unexplained / (self._weight * variance))
-        each = min(max(0.0, each), seconds / rows)
-        return seconds - each * rows, each
+    @property
+    def _tells_drafting(self) -> bool:
+        drafted = self._normal[0, 2]
+        return bool(min(drafted, self._normal[0, 0] - drafted) >= _LEAST_SEEN)
 
-    def _cost(self, rows: int) -> float:
-        fixed, each = self._fit()
-        return fixed + each * rows
+    def _fit(self) -> tuple[float, float, float]:
+        """(fixed, each, drafting) by least squares, `each` cautiously. What can't be told is zero (and part of `fixed`)."""
+        if self._fitted is not None:
+            return self._fitted
+        told = [0] + [1] * (self._variance > 1e-9) + [2] * self._tells_drafting
+        normal, seconds, weight = self._normal[np.ix_(told, told)], self._seconds[told], self._normal[0, 0]
+        solution = np.linalg.lstsq(normal, seconds)[0]
+        unexplained = max(0.0, float(self._squares - solution @ seconds)) / weight
+        fit = np.zeros(3)
+        fit[told] = solution
+        if 1 in told:
+            spread = float(np.linalg.pinv(normal)[told.index(1), told.index(1)])
+            mean, (_, rows, drafted) = self._seconds[0] / weight, self._normal[0] / weight
+            fit[2] = max(0.0, fit[2])
+            fit[1] = min(max(0.0, fit[1] - 2 * (unexplained * spread) ** 0.5), mean / rows)
+            fit[0] = mean - fit[1] * rows - fit[2] * drafted
+        self._fitted = float(fit[0]), float(fit[1]), float(fit[2])
+        return self._fitted
 
-    def share(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        """Of each tree the part that is worth verifying."""
+    def _cost(self, rows: int, drafted: bool) -> float:
+        fixed, each, drafting = self._fit()
+        return fixed + each * rows + drafting * drafted
+
+    def wants(self, within: bool) -> bool:
+        """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward."""
         self._steps += 1
-        nodes = sorted((-p, s, i) for s, tree in enumerate(trees) for i, p in enumerate(tree.probs))  # parents before children
-        if not nodes or self._forwards < _FEWEST or self._steps % _PROBE == 0:
+        again, self._again = self._again, False
+        self._probing |= self._steps % _PROBE == 0
+        if self._forwards < _FEWEST_RESTED or self._value is None:
+            return True
+        fixed, _, drafting = self._fit()
+        if self._tells_drafting:
+            self._within = drafting
+        cost = self._apart if not within else _SUPPOSED * fixed if self._within is None else self._within
+        unseen = within and self._within is None and self._value < fixed / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
+        if (again or self._value > cost or cost < _CHEAP * fixed) and not unseen:
+            self._rested, self._pause = 0, _FIRST_PAUSE
+            return True
+        self._rested += 1
+        if self._rested < self._pause:
+            return False
+        self._rested, self._pause, self._probing = 0, min(2 * self._pause, _PROBE), True
+        return True
+
+    def share(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None = None) -> list[DraftTree]:
+        """Of each tree the part that is worth verifying. urgency: what a token of each sequence counts, 1 for None."""
+        nodes = self._ranked(trees, urgency)
+        taken = self._worth(trees, nodes, urgency) if self._forwards else 0
+        if not nodes or self._forwards < _FEWEST:
+            return list(trees)
+        if self._probing:
+            self._probing = False
             return list(trees)
         if (self._steps - 1) % _PROBE == _FEWEST and self._variance < _LEAST_VARIANCE:
             return [EMPTY_TREE] * len(trees)
-        fixed, each = self._fit()
-        trust, gain = self.trust, float(len(trees))
-        best, taken = gain / (fixed + each * len(trees)), 0
-        for count, (negative, _, _) in enumerate(nodes, start=1):
-            gain -= trust * negative
-            rate = gain / (fixed + each * (len(trees) + count))
-            if rate > best:
-                best, taken = rate, count
         if taken == len(nodes):
             return list(trees)
         kept: list[list[int]] = [[] for _ in trees]
         for _, s, i in sorted(nodes[:taken], key=lambda node: node[1:]):
             kept[s].append(i)
-        return [tree.part(nodes) for tree, nodes in zip(trees, kept, strict=True)]
+        return [tree.part(part) for tree, part in zip(trees, kept, strict=True)]
+
+    def _ranked(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None) -> list[tuple[float, int, int]]:
+        """(- what it brings, tree, node) of all nodes, the best first, parents before children."""
+        counts = urgency or [1.0] * len(trees)
+        return sorted((-p * count, s, i) for s, (tree, count) in enumerate(zip(trees, counts, strict=True)) for i, p in enumerate(tree.probs))
+
+    def _worth(self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None) -> int:
+        """How many of `nodes` give the most tokens per second; what that saves is noted."""
+        fixed, each, _ = self._fit()
+        trust, plain = self.trust, fixed + each * len(trees)
+        gain = alone = float(len(trees) if urgency is None else sum(urgency))
+        best, taken, saved = gain / plain, 0, 0.0
+        for count, (negative, _, _) in enumerate(nodes, start=1):
+            gain -= trust * negative
+            rate = gain / (plain + each * count)
+            if rate > best:
+                best, taken, saved = rate, count, (gain / alone - 1) * plain - each * count
+        self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
+        return taken
+
+
+def urgency(remaining: Sequence[int], pace: Sequence[float]) -> list[float]:
+    """What a token of each sequence counts, 1 for the one that will be last. remaining: tokens to go at most; pace: tokens a step."""
+    steps = [count / speed for count, speed in zip(remaining, pace, strict=True)]
+    longest = max(max(steps), 1.0)
+    return [max(s / longest, 1e-3) ** _URGENT for s in steps]

@@ -35,7 +35,7 @@ class SequenceState:
     """State of one sequence. tokens: prompt and all committed tokens; the last one is pending (its forward has not happened).
     seen: what logits processors are shown (the caller's row, padding included, and all committed tokens), on the caller's `device`.
     draw: how its tokens are drawn from what `processor` makes of the logits; None: the best is taken. pointwise: its processor looks at
-    scores alone, and at each row of them by itself. keep: its keys and values stay when it has ended."""
+    scores alone, and at each row of them by itself. keep: its keys and values stay when it has ended. pace: tokens a step lately."""
 
     id: int
     tokens: list[int]
@@ -48,6 +48,7 @@ class SequenceState:
     pointwise: bool = False
     keep: bool = False
     record: Record | None = None
+    pace: float = 1.0
 
     @property
     def engine_draw(self) -> Draw | None:

@@ -28,10 +28,10 @@ from specfx.drafters.base import Drafter
 from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.errors import KVPoolError
 from specfx.kernels.keyed_sample import Draw
-from specfx.runtime.budget import Budget
+from specfx.runtime.budget import Budget, urgency
 from specfx.runtime.choice import Processor, Record, SequenceState, choose, next_tokens
 from specfx.runtime.stats import CallStats
-from specfx.runtime.tree import DraftTree
+from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 PREFILL_CHUNK = 512
 """Rows of a prompt that one forward takes, if nothing else is asked for."""
@@ -98,6 +98,7 @@ class Runtime:
         self.kept: dict[int, list[int]] = {}
         self._reserved: dict[int, bool] = {}
         self._last: tuple[Sequence[int], RowsOutput, Tensor | None]
+        self._drafted = True  # whether the last forward was asked for a draft
 
     def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0) -> int:
         """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done.
@@ -204,20 +205,14 @@ class Runtime:
     def _step(self, active: list[SequenceState]) -> list[Committed]:
         if not active:
             return []
-        with self.stats.timed("draft"):
-            budgets = [min(self.max_nodes, s.remaining - 1) for s in active]
-            trees = self.drafter.propose([s.id for s in active], budgets)
-            if self.engine.verifies != "trees":
-                trees = [tree.best_chain() for tree in trees]
-            if self.budget is not None:
-                trees = self.budget.share(trees)
+        trees, wanted = self._drafts(active)
         started = time.perf_counter()
         with self.stats.timed("forward"):
-            batch = [Rows(s.id, s.tokens[-1:], tree, draw=s.engine_draw) for s, tree in zip(active, trees, strict=True)]
+            batch = [Rows(s.id, s.tokens[-1:], tree, draw=s.engine_draw, drafts=wanted) for s, tree in zip(active, trees, strict=True)]
             outputs = self.engine.forward(batch)
         self.stats.forwards += 1
         if self.budget is not None:
-            self.budget.note_forward(len(trees) + sum(map(len, trees)), time.perf_counter() - started)
+            self.budget.note_forward(len(trees) + sum(map(len, trees)), time.perf_counter() - started, wanted)
         with self.stats.timed("accept"):
             walks = [_Walk(*walk) for walk in zip(active, trees, outputs, strict=True)]
             going = walks
@@ -225,6 +220,24 @@ class Runtime:
                 tokens = self._choose([w.sequence for w in going], [w.output for w in going], [w.rows[-1] for w in going])
                 going = [w for w, token in zip(going, tokens, strict=True) if w.go(token, self._append(w.sequence, token))]
         return [self._accept(walk) for walk in walks]
+
+    def _drafts(self, active: list[SequenceState]) -> tuple[list[DraftTree], bool]:
+        """What is to be verified of each sequence's draft, and whether this step's forward makes the next one."""
+        within = self.engine.drafts and self.drafter.needs_hidden and any(s.processor is None for s in active)
+        wanted = self.budget is None or self.budget.wants(within)
+        drafted = self._drafted if within else wanted
+        trees = [EMPTY_TREE] * len(active)
+        with self.stats.timed("draft"):
+            if drafted:
+                started = time.perf_counter()
+                trees = self.drafter.propose([s.id for s in active], [min(self.max_nodes, s.remaining - 1) for s in active])
+                if self.engine.verifies != "trees" or (within and not wanted):  # behind branches the engine would draft (`Rows.drafts`)
+                    trees = [tree.best_chain() for tree in trees]
+                if self.budget is not None:
+                    self.budget.note_drafting(time.perf_counter() - started)
+                    trees = self.budget.share(trees, urgency([s.remaining for s in active], [s.pace for s in active]))
+        self._drafted = within and wanted
+        return trees, self._drafted
 
     def _choose(self, sequences: list[SequenceState], outputs: list[RowsOutput], rows: list[int]) -> list[int]:
         """The target's choice behind one row of each sequence."""
@@ -241,6 +254,7 @@ class Runtime:
         with self.stats.timed("accept"):
             self.engine.commit(sequence.id, walk.rows)
             self.stats.steps += 1
+            sequence.pace += (len(walk.tokens) - sequence.pace) / 16
             if len(tree):
                 self.stats.count_draft(max(tree.depths()), len(walk.rows) - 1, len(tree))
                 if self.budget is not None:

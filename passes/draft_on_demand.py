@@ -1,0 +1,114 @@
+"""A stitched head drafts only where a draft is asked for: behind text that it can't foretell its steps would cost a fifth of a forward.
+
+What the draft alone needs, from the hidden states at the walks' ends on, becomes one branch of a `torch.ops.higher_order.cond` over the
+new input ``drafting`` (bool scalar, on the host); the other branch hands back an empty draft (tokens and parents -1, no probability).
+The head's layers still run over the pairs of every forward, so their keys and values are whole when drafting begins again.
+
+A draft's first step also moves the head's keys and values of the accepted path to their places. So a forward that verifies a tree with
+branches has to draft (`specfx.engines.paged.PagedEngine.bind` sees to it).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from specfx.errors import PassError
+from specfx.kernels.greedy_walk import greedy_walk
+from specfx.passes.framework import NoMatch, Pass, PassContext, add_placeholder, calls, fake_input, fake_mode_of, is_impure, placeholder
+from specfx.passes.regions import Stretch, graph_of, is_size
+
+aten = torch.ops.aten
+DRAFTING = "drafting"
+_cond = torch.ops.higher_order.cond
+
+
+def run(module: fx.GraphModule, context: PassContext) -> int:
+    walks, ids = calls(module, greedy_walk), placeholder(module, "input_ids")
+    if not walks or ids is None:
+        raise NoMatch("no head is stitched in")
+    if ids.meta["val"].device.type != "cpu":
+        raise NoMatch("a step that is recorded as a CUDA graph has no branches")
+    output = module.graph.output_node()
+    results: Any = output.args[0]
+    draft = results[3:6]
+    steps = _steps(module, walks[0], draft)
+    if not any(is_impure(node) for node in steps):
+        raise NoMatch("the head makes no step behind its pairs")
+    asked = add_placeholder(module, DRAFTING, fake_input(module, (), torch.bool, torch.device("cpu")))
+    stretch = Stretch(steps)
+    made, nothing = graph_of(stretch.nodes, stretch.inputs, [steps.index(node) for node in draft]), _nothing(module, stretch.inputs, draft)
+    module.draft = made
+    module.no_draft = nothing
+    with module.graph.inserting_after(steps[-1]):
+        branches = [module.graph.get_attr(name) for name in ("no_draft", "draft")]
+    with module.graph.inserting_after(branches[0]):
+        call = module.graph.call_function(_cond, (asked, branches[1], branches[0], tuple(stretch.inputs)))
+    call.meta["val"] = tuple(node.meta["val"] for node in draft)
+    with module.graph.inserting_before(output):
+        for at, node in enumerate(draft):
+            part = module.graph.call_function(operator.getitem, (call, at))
+            part.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(part)
+    for node in reversed(steps):
+        module.graph.erase_node(node)
+    return len(steps)
+
+
+def _steps(module: fx.GraphModule, walk: fx.Node, draft: list[fx.Node]) -> list[fx.Node]:
+    """What stands behind the hidden states at the walks' ends (rows of `leaf`) and before the draft, in order, with what serves only it."""
+    (leaf,) = (node for node in walk.users if node.target is operator.getitem and node.args[1] == 0)
+    behind, before = set[fx.Node](), set[fx.Node]()
+    for node in module.graph.nodes:
+        if node in leaf.users:
+            continue  # these rows are the branch's inputs: the head's tails are made of them too
+        if any(source in leaf.users or source in behind for source in node.all_input_nodes):
+            behind.add(node)
+    for node in reversed(module.graph.nodes):
+        if node in draft or any(user in before for user in node.users):
+            before.add(node)
+    steps = {node for node in behind & before if node.op == "call_function" and not is_size(node)}
+    for node in reversed(module.graph.nodes):
+        alone = node.op == "call_function" and not is_size(node) and not is_impure(node) and node.users
+        if node not in steps and alone and all(user in steps for user in node.users):
+            steps.add(node)
+    return [node for node in module.graph.nodes if node in steps]
+
+
+def _nothing(module: fx.GraphModule, inputs: list[fx.Node], draft: list[fx.Node]) -> fx.GraphModule:
+    """The other branch: takes the same inputs, and returns no draft in the shapes of one."""
+    graph = fx.Graph()
+    copies = [graph.placeholder(f"in{i}") for i in range(len(inputs))]
+    for copy, node in zip(copies, inputs, strict=True):
+        copy.meta["val"] = node.meta["val"]
+    sequences = str(draft[0].meta["val"].shape[0])
+    found = ((c, d) for c in copies for d, size in enumerate(c.meta["val"].shape) if str(size) == sequences)
+    source, dimension = next(found, (None, 0))
+    if source is None:
+        raise PassError("no input of the draft tells how many sequences there are")
+    with fake_mode_of(module):
+        size = graph.call_function(aten.sym_size.int, (source, dimension))
+        size.meta["val"] = source.meta["val"].shape[dimension]
+        outputs = []
+        for node in draft:
+            like = node.meta["val"]
+            value = -1 if like.dtype == torch.int64 else -float("inf")
+            made = graph.call_function(aten.full.default, ([size, like.shape[1]], value), {"dtype": like.dtype, "device": like.device})
+            made.meta["val"] = torch.full((like.shape[0], like.shape[1]), value, dtype=like.dtype, device=like.device)
+            outputs.append(made)
+    graph.output(tuple(outputs))
+    return fx.GraphModule({}, graph)
+
+
+def ensures(module: fx.GraphModule, context: PassContext) -> None:
+    if len(calls(module, _cond)) != 1:
+        raise PassError("the draft must be made in one branch")
+    left = [node for node in calls(module, aten.full.default) if not node.users]
+    if left:
+        raise PassError(f"{len(left)} nodes of the draft were left behind")
+
+
+draft_on_demand = Pass("draft_on_demand", run, ensures, optional=True)
