@@ -18,6 +18,7 @@ from torch import fx
 
 from specfx.errors import PassError
 from specfx.kernels.greedy_walk import greedy_walk
+from specfx.kernels.tree_attention import tree_attention_
 from specfx.passes.framework import NoMatch, Pass, PassContext, add_placeholder, calls, fake_input, fake_mode_of, is_impure, placeholder
 from specfx.passes.regions import Stretch, graph_of, is_size
 
@@ -36,7 +37,7 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     results: Any = output.args[0]
     draft = results[3:6]
     steps = _steps(module, walks[0], draft)
-    if not any(is_impure(node) for node in steps):
+    if not any(node.target is tree_attention_ for node in steps):
         raise NoMatch("the head makes no step behind its pairs")
     asked = add_placeholder(module, DRAFTING, fake_input(module, (), torch.bool, torch.device("cpu")))
     stretch = Stretch(steps)
@@ -72,10 +73,14 @@ def _steps(module: fx.GraphModule, walk: fx.Node, draft: list[fx.Node]) -> list[
             before.add(node)
     steps = {node for node in behind & before if node.op == "call_function" and not is_size(node)}
     for node in reversed(module.graph.nodes):
+        if node in steps and node not in draft and any(user not in steps for user in node.users):
+            steps.remove(node)  # the head's tails are made of it
+    for node in reversed(module.graph.nodes):
         alone = node.op == "call_function" and not is_size(node) and not is_impure(node) and node.users
         if node not in steps and alone and all(user in steps for user in node.users):
             steps.add(node)
-    return [node for node in module.graph.nodes if node in steps]
+    apart = {node for node in steps if node.target is operator.getitem and node.args[0] not in steps}  # branches take no tuples
+    return [node for node in module.graph.nodes if node in steps - apart]
 
 
 def _nothing(module: fx.GraphModule, inputs: list[fx.Node], draft: list[fx.Node]) -> fx.GraphModule:

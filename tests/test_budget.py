@@ -96,6 +96,47 @@ def test_where_all_forwards_have_as_many_rows_a_plain_one_tells_what_a_row_costs
             assert sum(n > 0 for n in verified[40:]) <= 360 // budget._PROBE + 1
 
 
+@pytest.mark.parametrize("within", [True, False])
+def test_drafts_that_cost_more_than_they_save_are_not_made_and_made_again_when_they_do(within: bool) -> None:
+    """A forward takes 10 seconds and a draft 2: of drafts that bring 0.05 tokens probes are left, of such that bring one, all are made."""
+    made, drafted = Budget(), list[bool]()
+    for step in range(600):
+        bad, ready = step < 300, drafted[-1] if within and drafted else True
+        wanted = made.wants(within)
+        tree = DraftTree.chain([1, 2], [0.8, 0.6])
+        if (ready if within else wanted) and len(made.share([tree])[0]):
+            made.note_draft(tree, (step % 20 == 0) if bad else 1)
+        if not within and wanted:
+            made.note_drafting(2.0)
+        made.note_forward(3, 10 + 2 * (wanted and within), within and wanted)
+        drafted.append(wanted)
+    assert all(drafted[: budget._FEWEST_RESTED])
+    assert sum(drafted[30:300]) < 27
+    assert sum(drafted[100:300]) > 5
+    assert sum(drafted[450:600]) > 130
+
+
+def test_a_dear_draft_is_probed_more_rarely() -> None:
+    """Probes cost no more than a fiftieth of the time."""
+    made, seconds = Budget(), 0.0
+    for step in range(4000):
+        if made.wants(within=False):
+            seconds += 100.0 * (step > 200)
+            made.note_drafting(100.0)
+            made.share([DraftTree.chain([1], [0.9])])
+            made.note_draft(DraftTree.chain([1], [0.9]), 0)
+        made.note_forward(1, 10.0)
+    assert 0 < seconds < 0.03 * 3800 * 10
+
+
+def test_the_last_sequence_of_a_batch_counts_most() -> None:
+    assert budget.urgency([100, 50, 100], [1.0, 1.0, 2.0]) == [1.0, 0.5**budget._URGENT, 0.5**budget._URGENT]
+    assert budget.urgency([0, 1], [1.0, 1.0])[0] > 0
+    trees = [DraftTree.chain([1, 2], [0.9, 0.8]), DraftTree.chain([3, 4], [0.5, 0.4])]
+    assert list(map(len, told(10, 3).share(trees))) == [2, 0]
+    assert list(map(len, told(10, 3).share(trees, [0.1, 1.0]))) == [0, 2]
+
+
 def test_on_a_busy_machine_nothing_is_left_out_for_noise() -> None:
     trees = [DraftTree.chain([1, 2, 3], [0.9, 0.5, 0.02])]
     rng = random.Random(1)
@@ -189,7 +230,7 @@ def test_every_method_is_plain_where_its_drafts_fail_and_drafts_again_where_they
     assert sum(verified[:20]) > 10
     later, probes = verified[60:], (len(verified) - 60) // budget._PROBE + 1
     assert sum(n > 0 for n in offered[60:]) > probes
-    assert sum(n > 0 for n in later) <= probes
+    assert sum(n > 0 for n in later) <= probes + 2, "one that comes true by chance is followed by another"
     assert sum(10 + 1 + n for n in later) < 1.05 * sum(10 + 1 for _ in later), "seconds, beside plain decoding"
     with torch.no_grad():
         model.lm_head.weight.zero_()

@@ -202,6 +202,7 @@ class Partly(NoDrafter):
     """Drafts the right answer with a wrong token somewhere, in branching trees, and keeps the hidden states that it is given."""
 
     needs_hidden = True
+    on_trial = False
 
     def __init__(self, answer: list[int]) -> None:
         self.answer, self.known, self.rng = answer, 0, random.Random(0)

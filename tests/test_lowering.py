@@ -82,9 +82,9 @@ def attention_calls(code: str) -> list[ast.Call]:
 
 
 def functions(code: str) -> dict[str, ast.FunctionDef]:
-    """The wrapper's `call`, and the regions that it calls."""
+    """The wrapper's `call`, and the regions and branches that it calls."""
     found = {n.name: n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.FunctionDef)}
-    return {name: f for name, f in found.items() if name == "call" or name.startswith("repeated_subgraph")}
+    return {name: f for name, f in found.items() if name == "call" or name.startswith(("repeated_subgraph", "true_graph", "false_graph"))}
 
 
 def _statements(function: ast.FunctionDef) -> list[ast.stmt]:

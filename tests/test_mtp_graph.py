@@ -44,6 +44,8 @@ from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.packed_linear import packed_linear
 from specfx.kernels.tree_attention import tree_attention_
 from specfx.passes import mtp_head as mtp_head_pass
+from specfx.passes.draft_on_demand import DRAFTING as DRAFTING_INPUT
+from specfx.passes.draft_on_demand import draft_on_demand
 from specfx.passes.framework import PassContext, calls, run_passes
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pack_linears import pack_linears
@@ -51,7 +53,7 @@ from specfx.passes.pipeline import DRAFTING, REWRITE
 from specfx.passes.printer import difference
 from specfx.runtime.session import Runtime
 from specfx.runtime.stats import CallStats
-from specfx.runtime.tree import DraftTree, TreeShape
+from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
 CPU = torch.device("cpu")
 
@@ -264,15 +266,16 @@ def through_a_later_sibling(tree: DraftTree, rows: Sequence[int]) -> bool:
     return any(tree.parents[row - 1] in tree.parents[: row - 1] for row in rows if row)
 
 
-def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShape, steps: int = 6) -> list[DraftTree]:
+def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShape, steps: int = 6, rests: bool = False) -> list[DraftTree]:
     """Three ragged sequences step by step: each of the engine's drafts must be the eager drafter's. Returns them.
 
     Prompts: more rows than a mask has bits in one forward, several chunks, one token. In each step the draft, cut short, is verified with a
-    part of the truth grafted on, so that paths of all lengths with gaps are accepted; some forwards are never committed.
+    part of the truth grafted on, so that paths of all lengths with gaps are accepted; some forwards are never committed. rests: between
+    them are forwards, of chains, that are not asked for a draft.
     """
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB) for _ in range(n)] for n in (70, 23, 1)]
-    truth = Truth(model, prompts, 6 * steps).tokens
+    truth = Truth(model, prompts, 9 * steps).tokens
     done = {seq: len(prompt) for seq, prompt in enumerate(prompts)}  # tokens known, the pending one not counted
     reference, drafted, depths, siblings, moved = MtpDrafter(head, shape), [], [], 0, 0
     latest: dict[int, DraftTree] = {}
@@ -286,8 +289,21 @@ def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShap
         latest[seq] = output.draft
         drafted.append(output.draft)
 
+    def rest() -> None:
+        chains = {seq: DraftTree.chain([*truth[seq][done[seq] + 1 :][: rng.randrange(2)], rng.randrange(VOCAB)]) for seq in range(3)}
+        batch = [Rows(seq, truth[seq][done[seq] : done[seq] + 1], chain, drafts=False) for seq, chain in chains.items()]
+        for seq, output in enumerate(engine.forward(batch)):
+            assert output.draft is EMPTY_TREE
+            assert output.hidden is not None
+            walked = chains[seq].walk(output.choice)
+            tokens = [output.choice[row] for row in walked]
+            engine.commit(seq, walked)
+            done[seq] += len(tokens)
+            reference.accept(seq, tokens, output.hidden[walked])
+            latest[seq] = EMPTY_TREE
+
     for seq, prompt in enumerate(prompts):
-        engine.add(seq, len(prompt) + 6 * steps + 20)
+        engine.add(seq, len(prompt) + 9 * steps + 20)
         reference.add(seq, prompt)
         size, hidden = 7 if seq == 1 else 100, []
         for start in range(0, len(prompt), size):
@@ -300,6 +316,9 @@ def drive(engine: Engine, model: PreTrainedModel, head: MtpHead, shape: TreeShap
         reference.accept(seq, output.choice, torch.cat(hidden))
         compare(seq, output)
     for step in range(steps):
+        if rests:
+            for _ in range(step % 3):
+                rest()
         batch = []
         for seq in rng.sample(range(3), 3):
             right = truth[seq][done[seq] + 1 :][: rng.randrange(5)]
@@ -348,6 +367,65 @@ def test_stitched_drafts_are_the_eager_drafters(case: str, kernels: cpu_build.Cp
     engine = graph_engine(module, "auto", CPU, shape.rows)
     drive(engine, model, head, shape)
     assert engine.pool.pages_in_use == 0
+
+
+def on_demand(module: fx.GraphModule) -> fx.GraphModule:
+    result = run_passes(module, (draft_on_demand,), PassContext())
+    assert [str(r.refusal) for r in result.records if r.refusal is not None] == []
+    return result.module
+
+
+@pytest.mark.parametrize("case", [case for case in DRIVES if case != "qwen3, one step"])
+def test_drafts_are_made_where_they_are_asked_for(case: str, kernels: cpu_build.CpuKernels) -> None:
+    """Rests leave the head's keys and values whole; the next draft is the eager drafter's, who never rests."""
+    model, head, _, module = stitched(*DRIVES[case])
+    shape = DRIVES[case][2]
+    for graph in (module, on_demand(module)):
+        drive(graph_engine(graph, "auto", CPU, shape.rows), model, head, shape, rests=True)
+
+
+def test_a_rest_runs_none_of_the_drafts_steps(kernels: cpu_build.CpuKernels) -> None:
+    """But behind a tree with branches, whose accepted rows a draft's first step moves, they run unasked."""
+    _, _, _, module = stitched(*DRIVES["llama, trees"])
+    branch = on_demand(module)
+    ran: list[bool] = []
+    for name in ("draft", "no_draft"):
+        part = getattr(branch, name)
+        part.register_forward_pre_hook(lambda *_, name=name: ran.append(name == "draft"))
+    engine = graph_engine(branch, "auto", CPU, 16)
+    engine.add(0, 60)
+    engine.forward([Rows(0, [1, 2, 3], last_only=True, drafts=False)])
+    engine.commit(0, range(3))
+    for tree, asked in itertools.product((None, DraftTree.chain([4, 5]), DraftTree((4, 5), (-1, -1), (0.5, 0.5))), (False, True)):
+        (output,) = engine.forward([Rows(0, [7], tree, drafts=asked)])
+        assert output.draft is not None
+        assert (len(output.draft) > 0) == ran[-1] == (asked or (tree is not None and not tree.is_chain))
+    assert ran == [False, False, True, False, True, True, True]
+
+
+def test_the_steps_of_a_draft_become_a_branch() -> None:
+    _, _, before, module = stitched("llama", 16, TreeShape(2, 1, 3))
+    after = on_demand(module)
+    lines = difference(module, after).splitlines()
+    assert_expected_inline(
+        "\n".join(line for line in lines if line.startswith("+")),
+        """\
++  drafting: bool[]
++  %a0: (i64[s1, 2], i64[s1, 2], f32[s1, 2]) = cond(drafting, draft ?, no_draft ?, (input_ids, %29, tree_mask, page_table, lengths, row_starts, %94, mtp_head_layer_self_attn_o_proj_weight f32[32, 32], %55, mtp_head_layer_post_attention_layernorm_weight f32[32], mtp_head_layer_mlp_gate_proj_weight f32[64, 32], mtp_head_layer_mlp_up_proj_weight f32[64, 32], mtp_head_layer_mlp_down_proj_weight f32[32, 64], mtp_head_norm_weight f32[32], model.lm_head.weight f32[128, 32], model.model.embed_tokens.weight f32[128, 32], mtp_head_enorm_weight f32[32], mtp_head_hnorm_weight f32[32], mtp_head_eh_proj_weight f32[32, 64], layer2.%2, mtp_head_layer_input_layernorm_weight f32[32], mtp_head_layer_self_attn_q_proj_weight f32[32, 32], mtp_head_layer_self_attn_k_proj_weight f32[16, 32], mtp_head_layer_self_attn_v_proj_weight f32[16, 32], k_pages_2, v_pages_2))
++  %a1: i64[s1, 2] = getitem(%a0, 0)
++  %a2: i64[s1, 2] = getitem(%a0, 1)
++  %a3: f32[s1, 2] = getitem(%a0, 2)
++return (%25, %22, %27, %a1, %a2, %a3)""",
+    )
+    assert len(calls(after, tree_attention_)) == len(calls(before, tree_attention_)) + 1  # the pairs
+    assert len(calls(after.draft, tree_attention_)) == 1  # type: ignore[arg-type]
+    assert calls(after.no_draft, tree_attention_) == []  # type: ignore[arg-type]
+
+
+def test_where_no_step_of_a_draft_can_be_left_out_there_is_no_branch() -> None:
+    without, one_step = rewritten("llama", 16)[1], stitched(*DRIVES["qwen3, one step"])[3]
+    assert "no head is stitched in" in refused(draft_on_demand, without, reason=Reason.NOTHING_TO_DO)
+    assert "the head makes no step behind its pairs" in refused(draft_on_demand, one_step, reason=Reason.NOTHING_TO_DO)
 
 
 @pytest.mark.parametrize("case", ["llama, trees", "qwen3, one step"])
@@ -657,11 +735,12 @@ def test_the_compiled_engine_drafts_the_same_and_copies_no_pool(tmp_path: Path, 
     (code,) = codes
     assert len(attention_calls(code)) == 1 + 2 == len(calls(ladder.module, tree_attention_))
     pools = pools_in(code)
-    assert len(set(pools)) == 2 * 2
-    assert all(pool.startswith("arg") and pool.isidentifier() for pool in pools), pools
+    assert len(set(pools)) == 2 * 2 + 2  # the draft's step is a branch, which is handed the head's
+    assert all(pool.startswith(("arg", "true_graph_0_arg")) and pool.isidentifier() for pool in pools), pools
     assert pool_traffic(code, set(pools)) == []
-    ours = drive(ladder.engine, model, drafter.head, shape)
-    theirs = drive(graph_engine(ladder.module, "auto", CPU, shape.rows), model, drafter.head, shape)
+    assert DRAFTING_INPUT in ladder.engine.inputs
+    ours = drive(ladder.engine, model, drafter.head, shape, rests=True)
+    theirs = drive(graph_engine(ladder.module, "auto", CPU, shape.rows), model, drafter.head, shape, rests=True)
     for a, b in itertools.zip_longest(ours, theirs):
         assert (a.tokens, a.parents) == (b.tokens, b.parents)
         assert a.probs == pytest.approx(b.probs, abs=1e-4)

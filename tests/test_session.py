@@ -138,6 +138,7 @@ class FakeDrafter:
     known: dict[int, list[int]] = field(default_factory=dict)
     prompts: dict[int, int] = field(default_factory=dict)
     ends: dict[int, list[int]] = field(default_factory=dict)
+    on_trial: bool = False
     ended: dict[int, list[int]] = field(default_factory=dict)  # all that was known of a sequence when it went
     proposals: list[tuple[list[int], int, DraftTree]] = field(default_factory=list)
 

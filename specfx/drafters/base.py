@@ -29,6 +29,10 @@ class Drafter(Protocol):
     """Whether `accept` must be given the target's hidden states (else it gets None)."""
 
     @property
+    def on_trial(self) -> bool:
+        """Whether drafts are wanted although they don't seem to pay: it is still to be seen whether they ever come true."""
+
+    @property
     def drafting(self) -> Any:
         """The part of this drafter that can be stitched into the target's graph (`specfx.drafters.mtp.Drafting`), or None."""
 
@@ -61,6 +65,7 @@ class NoDrafter:
 
     name = "none"
     needs_hidden = False
+    on_trial = False
     drafting = None
     refusals: Sequence[Refusal] = ()
 

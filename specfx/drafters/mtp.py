@@ -33,13 +33,9 @@ from specfx.errors import Reason, Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
-_JUDGED = 64
+_JUDGED = 48
 _TOO_FEW = 2
-"""With fewer right first tokens in the last `_JUDGED` drafts than this, drafting stops: no head of this model is wrong that often."""
-_AGAIN = (4, 16)
-"""It begins again with so many right among the last so many."""
-_PROBE = 16
-"""While it rests, one step in so many drafts all the same, to see."""
+"""With fewer drafts among the last `_JUDGED` of which a first token was right, there is a warning: no head of this model is wrong so often."""
 
 
 @dataclass
@@ -60,8 +56,8 @@ class _Sequence:
     started: bool = False
     ready: DraftTree | None = None
     """The draft that the graph has made."""
-    drafted: int | None = None
-    """Most probable first token of the last draft, until it is known whether it was right."""
+    drafted: frozenset[int] | None = None
+    """First tokens of the last draft, until it is known whether one was right."""
 
     @property
     def pairs(self) -> int:
@@ -108,8 +104,8 @@ class MtpDrafter:
     """Drafts trees of `shape` with `head` (`specfx.drafters.mtp_head`), which messages call `origin`; nodes whose path is less probable
     than `floor` are not handed on.
 
-    Where almost none of its drafts are right, which is how a head of another model shows, it warns once and stops drafting, but for a
-    probe now and then.
+    Where almost none of its drafts are right, which is how a head of another model shows, it warns once. (Whether drafting pays is the
+    budget's to see.)
     """
 
     name = "mtp"
@@ -131,7 +127,12 @@ class MtpDrafter:
             self.refusals.append(Refusal("mtp drafting", Reason.HEAD_UNFED, detail))
         self._sequences: dict[int, _Sequence] = {}
         self._right: deque[bool] = deque(maxlen=_JUDGED)
-        self._rests, self._warned, self._steps_rested = False, False, 0
+        self._warned = False
+
+    @property
+    def on_trial(self) -> bool:
+        """Almost none of its drafts was right yet, and they are too few to tell."""
+        return len(self._right) < _JUDGED and sum(self._right) < _TOO_FEW
 
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         if seq in self._sequences:
@@ -153,7 +154,7 @@ class MtpDrafter:
         self._judge(state, int(tokens[0]))
         if drafted is not None:
             state.ready = drafted
-            state.drafted = drafted.tokens[0] if len(drafted) else None
+            state.drafted = _first_tokens(drafted)
             return
         if hidden is None or hidden.ndim != 2 or hidden.shape[0] < n or hidden.shape[1] != self.head.hidden_size:
             got = None if hidden is None else list(hidden.shape)
@@ -170,10 +171,6 @@ class MtpDrafter:
 
     @torch.no_grad()
     def propose(self, seqs: Sequence[int], budgets: Sequence[int]) -> list[DraftTree]:
-        if self._rests:
-            self._steps_rested += 1
-            if self._steps_rested % _PROBE:
-                return [EMPTY_TREE] * len(seqs)
         return [self._draft(self._sequences[seq], budget) for seq, budget in zip(seqs, budgets, strict=True)]
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
@@ -185,7 +182,7 @@ class MtpDrafter:
         if budget < 1 or not state.started:
             return EMPTY_TREE
         tree = self._tree(state)
-        state.drafted = tree.tokens[0]
+        state.drafted = _first_tokens(tree)
         return tree.pruned(self._floor).truncated(budget)
 
     def _tree(self, state: _Sequence) -> DraftTree:
@@ -253,22 +250,22 @@ class MtpDrafter:
         state.tokens, state.base = [], state.pairs
 
     def _judge(self, state: _Sequence, token: int) -> None:
-        """Note whether the last draft's first token was right, and stop or begin drafting accordingly."""
+        """Note whether a first token of the last draft was right, and warn if almost none was."""
         if state.drafted is None:
             return
-        self._right.append(state.drafted == token)
+        self._right.append(token in state.drafted)
         state.drafted = None
-        if self._rests:
-            needed, among = _AGAIN
-            self._rests = sum(list(self._right)[-among:]) < needed
-        elif len(self._right) == _JUDGED and sum(self._right) < _TOO_FEW:
-            self._rests, self._steps_rested = True, 0
-            if not self._warned:
-                self._warned = True
-                warnings.warn(
-                    f"of the last {_JUDGED} drafts of the head {self._origin}, {sum(self._right)} began with the right token, so drafting "
-                    "stops, but for a probe now and then. Likely causes: the head was trained for another model or another revision of "
-                    "it; its weights were mixed up or never trained; the text is of a kind that it has never seen. Try another head=, or "
-                    "`specfx train mtp`",
-                    stacklevel=3,
-                )
+        if not self._warned and len(self._right) == _JUDGED and sum(self._right) < _TOO_FEW:
+            self._warned = True
+            warnings.warn(
+                f"of the last {_JUDGED} drafts of the head {self._origin}, {sum(self._right)} began with a right token, so drafting "
+                "stops, but for a probe now and then. Likely causes: the head was trained for another model or another revision of "
+                "it; its weights were mixed up or never trained; the text is of a kind that it has never seen. Try another head=, or "
+                "`specfx train mtp`",
+                stacklevel=3,
+            )
+
+
+def _first_tokens(tree: DraftTree) -> frozenset[int] | None:
+    """None of an empty tree."""
+    return frozenset(token for token, parent in zip(tree.tokens, tree.parents, strict=True) if parent < 0) or None

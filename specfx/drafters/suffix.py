@@ -78,6 +78,7 @@ class SuffixDrafter:
 
     name = "suffix"
     needs_hidden = False
+    on_trial = False
     drafting = None
 
     def __init__(self, options: SuffixOptions, max_nodes: int, vocab_size: int = LARGEST_TOKEN + 1) -> None:

@@ -83,7 +83,8 @@ class Job:
 class Ladder:
     """The engines over one graph. State; `engine` serves the next call.
 
-    budgets: by drafter, what was learned of drafts on the engine that serves. refusals, records, seconds: of the compiled engine. module: the graph, None for an engine without one, or one from an artifact.
+    budgets: by drafter, what was learned of its drafts on the engine that serves. refusals, records, seconds: of the compiled engine.
+    module: the graph, None for an engine without one, or one from an artifact.
     """
 
     def __init__(self) -> None:

@@ -9,9 +9,9 @@ drafter's estimates has come true lately.
    unlikely nodes are left out, wherever they hang. A batch is done when its last sequence is: tokens of the sequences that are behind
    count more (`urgency`).
 2. **Draft**: a draft is made as long as the seconds that drafts have saved lately exceed those that one takes. Else decoding is plain, but
-   for a probe now and then that is verified whole; a probe that came true is followed by another draft at once.
+   for a probe now and then that is verified whole: soon, then ever more rarely. One that comes true is followed by another at once.
 
-Forwards that are all alike don't tell what a row costs, or a draft: then one of them is plain now and then.
+Forwards that are all alike don't tell what a row costs, or a draft: then some are run without, to see.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ _FEWEST_RESTED = 8
 """Forwards to see before drafts are."""
 _PROBE = 32
 """One step in so many verifies all that was drafted, and drafts at all."""
-_FIRST_PAUSE = 4
-"""Steps from the first one without a draft to the first probe; each probe that fails doubles them, up to `_PROBE`."""
 _LEAST_VARIANCE = 0.1
 """Of the rows of forwards; with less, what a row costs can't be told."""
+_VAGUE = 0.15
+"""Of the time of a forward: with more doubt about what all its drafted rows cost, a forward without them is run to see."""
+_LOOK = 8
+"""One step in so many may be such a forward, where more than twice as many rows are at stake."""
 _LEAST_SEEN = 3.0
 """Forwards with and without a draft, by their weight; with less, what a draft costs can't be told."""
 _SUPPOSED = 0.2
@@ -60,9 +62,10 @@ class Budget:
         self._within: float | None = None  # and of one that is
         self._expected = self._accepted = _EXPECTED
         self._value: float | None = None  # seconds that a draft saves
-        self._probing = self._again = False
-        self._rested, self._pause = 0, _FIRST_PAUSE
+        self._probing = self._hopeful = False
+        self._rested, self._pause = 0, _PROBE // 8
         self._fitted: tuple[float, float, float] | None = None
+        self._doubt = 0.0  # of `each` in the last fit, two standard errors
 
     def note_forward(self, rows: int, seconds: float, drafted: bool = False) -> None:
         """A forward of `rows` rows, which made the next draft or did not, took `seconds`."""
@@ -82,7 +85,7 @@ class Budget:
         expected = sum(tree.probs)
         self._expected = _MEMORY * self._expected + expected
         self._accepted = _MEMORY * self._accepted + accepted
-        self._again |= accepted > max(0.5, expected / 2)
+        self._hopeful = accepted > max(0.5, expected / 2)
 
     @property
     def trust(self) -> float:
@@ -114,10 +117,18 @@ class Budget:
             spread = float(np.linalg.pinv(normal)[told.index(1), told.index(1)])
             mean, (_, rows, drafted) = self._seconds[0] / weight, self._normal[0] / weight
             fit[2] = max(0.0, fit[2])
-            fit[1] = min(max(0.0, fit[1] - 2 * (unexplained * spread) ** 0.5), mean / rows)
+            self._doubt = 2 * (unexplained * spread) ** 0.5
+            fit[1] = min(max(0.0, fit[1] - self._doubt), mean / rows)
             fit[0] = mean - fit[1] * rows - fit[2] * drafted
         self._fitted = float(fit[0]), float(fit[1]), float(fit[2])
         return self._fitted
+
+    def _vague(self, nodes: int) -> bool:
+        """Whether it is too uncertain what this many more rows cost, and now is the time to see."""
+        if self._variance < _LEAST_VARIANCE and (self._steps - 1) % _PROBE == _FEWEST:
+            return True
+        dear = self._doubt * nodes > _VAGUE * self._seconds[0] / self._normal[0, 0]
+        return nodes > 2 * _LOOK and self._steps % _LOOK == 0 and (self._variance < _LEAST_VARIANCE or dear)
 
     def _cost(self, rows: int, drafted: bool) -> float:
         fixed, each, drafting = self._fit()
@@ -126,7 +137,6 @@ class Budget:
     def wants(self, within: bool) -> bool:
         """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward."""
         self._steps += 1
-        again, self._again = self._again, False
         self._probing |= self._steps % _PROBE == 0
         if self._forwards < _FEWEST_RESTED or self._value is None:
             return True
@@ -135,13 +145,15 @@ class Budget:
             self._within = drafting
         cost = self._apart if not within else _SUPPOSED * fixed if self._within is None else self._within
         unseen = within and self._within is None and self._value < fixed / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
-        if (again or self._value > cost or cost < _CHEAP * fixed) and not unseen:
-            self._rested, self._pause = 0, _FIRST_PAUSE
+        longest = max(_PROBE, int(cost / (_CHEAP * fixed)))
+        pays = self._value > cost or cost < _CHEAP * fixed or (self._hopeful and cost < fixed)
+        if pays and not unseen:
+            self._rested, self._pause = 0, longest // 8
             return True
         self._rested += 1
         if self._rested < self._pause:
             return False
-        self._rested, self._pause, self._probing = 0, min(2 * self._pause, _PROBE), True
+        self._rested, self._pause, self._probing = 0, min(2 * self._pause, longest), True
         return True
 
     def share(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None = None) -> list[DraftTree]:
@@ -150,10 +162,10 @@ class Budget:
         taken = self._worth(trees, nodes, urgency) if self._forwards else 0
         if not nodes or self._forwards < _FEWEST:
             return list(trees)
-        if self._probing:
+        if self._probing or (self._hopeful and not taken):
             self._probing = False
             return list(trees)
-        if (self._steps - 1) % _PROBE == _FEWEST and self._variance < _LEAST_VARIANCE:
+        if self._vague(len(nodes)):
             return [EMPTY_TREE] * len(trees)
         if taken == len(nodes):
             return list(trees)
@@ -165,7 +177,9 @@ class Budget:
     def _ranked(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None) -> list[tuple[float, int, int]]:
         """(- what it brings, tree, node) of all nodes, the best first, parents before children."""
         counts = urgency or [1.0] * len(trees)
-        return sorted((-p * count, s, i) for s, (tree, count) in enumerate(zip(trees, counts, strict=True)) for i, p in enumerate(tree.probs))
+        return sorted(
+            (-p * count, s, i) for s, (tree, count) in enumerate(zip(trees, counts, strict=True)) for i, p in enumerate(tree.probs)
+        )
 
     def _worth(self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None) -> int:
         """How many of `nodes` give the most tokens per second; what that saves is noted."""

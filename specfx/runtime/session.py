@@ -224,7 +224,7 @@ class Runtime:
     def _drafts(self, active: list[SequenceState]) -> tuple[list[DraftTree], bool]:
         """What is to be verified of each sequence's draft, and whether this step's forward makes the next one."""
         within = self.engine.drafts and self.drafter.needs_hidden and any(s.processor is None for s in active)
-        wanted = self.budget is None or self.budget.wants(within)
+        wanted = self.budget is None or self.budget.wants(within) or self.drafter.on_trial
         drafted = self._drafted if within else wanted
         trees = [EMPTY_TREE] * len(active)
         with self.stats.timed("draft"):
