@@ -35,7 +35,7 @@ from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
 _JUDGED = 48
 _TOO_FEW = 2
-"""With fewer drafts among the last `_JUDGED` of which a first token was right, there is a warning: no head of this model is wrong so often."""
+"""With fewer drafts than this right at the first token among the last `_JUDGED`, there is a warning: no head of this model is so bad."""
 
 
 @dataclass
