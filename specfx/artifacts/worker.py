@@ -103,7 +103,8 @@ def main() -> None:
     gc.disable()  # a tenth of the time of tracing; this process is short
     os.nice(_NICE)
     if hasattr(os, "SCHED_IDLE"):  # Linux
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with contextlib.suppress(OSError):  # in a sandbox that forbids it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     threading.Thread(target=_notice_parent, args=(int(os.environ["SPECFX_PARENT"]),), daemon=True).start()
     try:
         outcome: dict[str, Any] = {"seconds": _build(*pickle.loads(order))}
@@ -135,7 +136,8 @@ def _build(settings: tuple[Any, ...], structure: bytes) -> dict[str, float]:
         aside.submit(_precompile_header)
         from specfx.artifacts import build, skeleton
 
-        return build.artifacts(*skeleton.loads(structure), packs)
+        model, options, drafting, names, warm_up = skeleton.loads(structure)
+        return build.artifacts(model, options, drafting, names, warm_up, packs)
 
 
 def _packs() -> bool:
