@@ -129,6 +129,15 @@ def test_a_dear_draft_is_probed_more_rarely() -> None:
     assert 0 < seconds < 0.03 * 3800 * 10
 
 
+def test_a_clock_that_stands_still_stops_nothing() -> None:
+    made = Budget()
+    for step in range(100):
+        made.wants(within=bool(step % 2))
+        made.note_drafting(0.0)
+        assert len(made.share([DraftTree.chain([1], [0.9])])) == 1
+        made.note_forward(1 + step % 3, 0.0, bool(step % 2))
+
+
 def test_the_last_sequence_of_a_batch_counts_most() -> None:
     assert budget.urgency([100, 50, 100], [1.0, 1.0, 2.0]) == [1.0, 0.5**budget._URGENT, 0.5**budget._URGENT]
     assert budget.urgency([0, 1], [1.0, 1.0])[0] > 0

@@ -93,6 +93,11 @@ class Budget:
         return self._accepted / self._expected
 
     @property
+    def _mean(self) -> float:
+        """Seconds of a forward; never zero, whatever the clock says."""
+        return max(float(self._seconds[0] / self._normal[0, 0]), 1e-9)
+
+    @property
     def _variance(self) -> float:
         """Of the rows of forwards."""
         weight, rows = self._normal[0, :2]
@@ -116,7 +121,7 @@ class Budget:
         fit[2] = max(0.0, fit[2])
         if 1 in told:
             spread = float(np.linalg.pinv(normal)[told.index(1), told.index(1)])
-            mean, (_, rows, drafted) = self._seconds[0] / weight, self._normal[0] / weight
+            mean, (_, rows, drafted) = self._mean, self._normal[0] / weight
             self._doubt = 2 * (unexplained * spread) ** 0.5
             fit[1] = min(max(0.0, fit[1] - self._doubt), mean / rows)
             fit[0] = mean - fit[1] * rows - fit[2] * drafted
@@ -127,7 +132,7 @@ class Budget:
         """Whether it is too uncertain what this many more rows cost, and now is the time to see."""
         if self._variance < _LEAST_VARIANCE and (self._steps - 1) % _PROBE == _FEWEST:
             return True
-        dear = self._doubt * nodes > _VAGUE * self._seconds[0] / self._normal[0, 0]
+        dear = self._doubt * nodes > _VAGUE * self._mean
         return nodes > 2 * _LOOK and self._steps % _LOOK == 0 and (self._variance < _LEAST_VARIANCE or dear)
 
     def _cost(self, rows: int, drafted: bool) -> float:
@@ -140,13 +145,13 @@ class Budget:
         self._probing |= self._steps % _PROBE == 0
         if self._forwards < _FEWEST_RESTED or self._value is None:
             return True
-        fixed, _, drafting = self._fit()
+        drafting, typical = self._fit()[2], self._mean
         if self._tells_drafting:
             self._within = drafting
-        cost = self._apart if not within else _SUPPOSED * fixed if self._within is None else self._within
-        unseen = within and self._within is None and self._value < fixed / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
-        longest = max(_PROBE, int(cost / (_CHEAP * fixed)))
-        pays = self._value > cost or cost < _CHEAP * fixed or (self._hopeful and cost < fixed)
+        cost = self._apart if not within else _SUPPOSED * typical if self._within is None else self._within
+        unseen = within and self._within is None and self._value < typical / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
+        longest = max(_PROBE, int(cost / (_CHEAP * typical)))
+        pays = self._value > cost or cost < _CHEAP * typical or (self._hopeful and cost < typical)
         if pays and not unseen:
             self._rested, self._pause = 0, longest // 8
             return True
@@ -184,7 +189,7 @@ class Budget:
     def _worth(self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None) -> int:
         """How many of `nodes` give the most tokens per second; what that saves is noted."""
         fixed, each, _ = self._fit()
-        trust, plain = self.trust, fixed + each * len(trees)
+        trust, plain = self.trust, max(fixed + each * len(trees), 1e-9)
         gain = alone = float(len(trees) if urgency is None else sum(urgency))
         best, taken, saved = gain / plain, 0, 0.0
         for count, (negative, _, _) in enumerate(nodes, start=1):
