@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 import specfx
 from specfx import _compat, cli
+from specfx.api import engine_of
 from specfx.artifacts import graphs, key, store
 from specfx.cache import cache_dir
 from specfx.capture import capture
@@ -294,6 +295,27 @@ def forbid_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 def forbid_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid_capture(monkeypatch)
     monkeypatch.setattr("specfx.engines.ladder.lower", lambda *arguments: pytest.fail("compiled"))
+
+
+def test_what_was_prebuilt_is_what_a_start_takes(
+    artifacts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command line shows the stages while they go on; a library shows none."""
+    monkeypatch.setattr("specfx.models.load", lambda name, dtype: (tiny().to(dtype), None))
+    threads = str(torch.get_num_threads())
+    assert cli.main(["cache", "prebuild", "--model", "tiny", "--methods", "suffix", "--dtype", "float32", "--threads", threads]) == 0
+    told = capsys.readouterr()
+    assert "suffix: engine compiled" in told.out
+    assert "2 new artifacts" in told.out
+    stages = [line.strip() for line in told.err.splitlines() if line.startswith("  ")]
+    assert [stage for stage in stages if stage.endswith(" ...")] == [f"{s} ..." for s in STAGES_OF_A_START]
+    forbid_compiling(monkeypatch)
+    model = specfx.speculate(tiny(), "suffix", compile="sync")
+    assert engine_of(model).name == "compiled"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("  ")] == []
+
+
+STAGES_OF_A_START = ("kernels", "load", "capture", "passes", "gate", "compile", "first use")
 
 
 def test_a_second_model_of_the_structure_takes_the_graph_and_proves_it(artifacts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

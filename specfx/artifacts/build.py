@@ -17,7 +17,7 @@ from specfx.engines.rewrite import Rewritten, require_kv, rewrite, stitch
 from specfx.errors import ArtifactError, Refusal
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext
-from specfx.timing import timed
+from specfx.timing import told
 
 
 def artifacts(
@@ -43,12 +43,12 @@ def artifacts(
             return seconds
         module, records = _graph(model, options, Shelf(model, options, None, problems.append), seconds)
         if drafting is not None:
-            with timed(seconds, "stitching"):
+            with told(seconds, "stitching"):
                 module, records = stitch(module, options, drafting)
         shelf.keep_graph(module, records, model)
-        with timed(seconds, "kernels"):
+        with told(seconds, "kernels"):
             pack = packs.result()
-        with timed(seconds, "compile"):
+        with told(seconds, "compile"):
             lowered = lower(module, PassContext(options.page_size, pack), options.disable_passes)
         shelf.keep_lowered(lowered, model, pack)
     if problems:

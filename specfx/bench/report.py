@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import logging
 import os
 import platform
 import statistics
@@ -14,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from specfx.timing import progress
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -85,19 +88,24 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
 
 
-class Progress:
+class Progress(logging.Handler):
     """``with Progress("loading"):`` tells on stderr what is going on and, at the end, how long it took.
 
-    On a terminal the line counts the seconds while it waits; elsewhere (a log) it is written once at the start and once at the end.
+    On a terminal the line counts the seconds while it waits; elsewhere (a log) it is written once at the start and once at the end. The
+    stages of preparing an engine (`specfx.timing.progress`) are shown with it.
     """
 
     def __init__(self, label: str) -> None:
-        self.label = label
+        super().__init__(logging.INFO)
+        self.label, self.stage = label, ""
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
         self._start = time.perf_counter()
+        self._level, progress.propagate = progress.level, False
+        progress.setLevel(logging.INFO)
+        progress.addHandler(self)
         if sys.stderr.isatty():
             self._thread = threading.Thread(target=self._count, daemon=True)
             self._thread.start()
@@ -106,6 +114,9 @@ class Progress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        progress.removeHandler(self)
+        progress.setLevel(self._level)
+        progress.propagate = True
         self._done.set()
         if self._thread is not None:
             self._thread.join()
@@ -113,12 +124,17 @@ class Progress:
         outcome = "failed after" if kind is not None else "done in"
         print(f"{self._line_start()}{self.label}: {outcome} {seconds:.1f} s", file=sys.stderr, flush=True)
 
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stage = f", {record.getMessage()}"
+        if not sys.stderr.isatty():
+            print(f"  {record.getMessage()}", file=sys.stderr, flush=True)
+
     def _line_start(self) -> str:
         return "\r\x1b[K" if sys.stderr.isatty() else ""
 
     def _count(self) -> None:
         while True:
             seconds = time.perf_counter() - self._start
-            print(f"\r\x1b[K{self.label} ... {seconds:.0f} s", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{self.label} ... {seconds:.0f} s{self.stage}", end="", file=sys.stderr, flush=True)
             if self._done.wait(0.5):  # twice a second: the waiting must not disturb what is measured
                 return

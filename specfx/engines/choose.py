@@ -44,7 +44,7 @@ from specfx.options import CommonOptions
 from specfx.passes.framework import PassRecord
 from specfx.passes.mtp_head import mtp_head
 from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
-from specfx.timing import timed
+from specfx.timing import told
 
 _GRACE = 0.25
 """Seconds between `speculate` and the start of the process that compiles, which reads much from the disk: a first token comes before."""
@@ -146,7 +146,7 @@ class Prepared:
             if order is not None:
                 time.sleep(_GRACE)
                 try:
-                    with timed(ladder.seconds, "worker"):
+                    with told(ladder.seconds, "worker"):
                         spent = worker.fill(order)
                     ladder.seconds |= {f"worker's {stage}": seconds for stage, seconds in spent.items()}
                 except ArtifactError as e:
@@ -171,7 +171,7 @@ class Prepared:
                 self._build(ladder, model, None)
 
     def _fall_back(self, ladder: Ladder, model: PreTrainedModel) -> None:
-        with timed(self.seconds, "eager"):
+        with told(self.seconds, "eager"):
             eager = EagerEngine(model)
         self.refusals += eager.refusals
         ladder.put(eager)
@@ -242,13 +242,13 @@ class Prepared:
         rows = 0 if drafting is None else drafting.shape.rows
 
         def check(module: fx.GraphModule) -> None:
-            with timed(self.seconds, "gate"):
+            with told(self.seconds, "gate"):
                 stock, shrunken = clone_sharing_storage(model), gate.with_shrunken_windows(module)
                 for call in (on_references(shrunken), shrunken):
                     prove(PagedEngine("graph", shrunken, call, "auto", model.device, rows), stock, True)
 
         place = self._shelf(model, drafting)
-        with timed(self.seconds, "load"):
+        with told(self.seconds, "load"):
             stored = place.graph(model)
         if stored is not None:
             try:
@@ -281,7 +281,7 @@ class Prepared:
         Raises `LoweringError` where they would serve, much too slowly, an engine that nobody asked for by name.
         """
         try:
-            with timed(self.seconds, "kernels"):
+            with told(self.seconds, "kernels"):
                 self._packs = load(device)
         except LoweringError as e:
             if device.type == "cpu":

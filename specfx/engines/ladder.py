@@ -31,7 +31,7 @@ from specfx.passes.framework import PassContext, PassRecord
 from specfx.passes.pack_linears import pack_linears
 from specfx.runtime.budget import Budget
 from specfx.runtime.held import Keeper
-from specfx.timing import timed
+from specfx.timing import told
 
 log = logging.getLogger("specfx")
 
@@ -122,7 +122,7 @@ class Ladder:
     def load(self, job: Job, prove: Prove, refuse: Callable[[Refusal], None]) -> bool:
         """Put the compiled engine here, from its artifact alone. False if there is none that can be used, or (recorded) that is right."""
         packed_at = Fingerprint.of(job.stock)
-        with timed(self.seconds, "load"), transfer.on_device(job.stock.device):
+        with told(self.seconds, "load"), transfer.on_device(job.stock.device):
             lowered = job.shelf.lowered(job.stock, job.packs)
             if lowered is None:
                 return False
@@ -172,7 +172,7 @@ class Ladder:
             if limit is not None:
                 engine.resize_pool("auto")
             cuda_graphs.replay(engine, self.refusals.append, new_recorder, max_autotune)
-            with timed(self.seconds, "CUDA graphs"):
+            with told(self.seconds, "CUDA graphs"):
                 self._prove(engine, new_stock(), False)
         except SpecfxError as e:
             cuda_graphs.stop_replaying(engine)
@@ -202,7 +202,7 @@ class Ladder:
         try:
             packed_at = Fingerprint.of(job.stock)
             # (In a thread of its own, the current GPU is the first one.)
-            with timed(self.seconds, "compile"), transfer.on_device(job.stock.device):
+            with told(self.seconds, "compile"), transfer.on_device(job.stock.device):
                 lowered = job.shelf.lowered(job.stock, job.packs)
                 kept = lowered is not None
                 lowered = lowered or lower(self.module, context, job.options.disable_passes)
@@ -222,7 +222,7 @@ class Ladder:
 
     def _try_out(self, compiled: CompiledEngine, job: Job, packed_at: Fingerprint, prove: Prove) -> None:
         """Prove the engine, whose weights were packed when they were `packed_at`, and give it its pool. Raises `GateError`."""
-        with timed(self.seconds, "first use"), transfer.on_device(job.stock.device):
+        with told(self.seconds, "first use"), transfer.on_device(job.stock.device):
             while True:  # once, but again if the weights change meanwhile
                 if (now := Fingerprint.of(job.stock)) != packed_at:
                     compiled.refresh()

@@ -12,7 +12,7 @@ from specfx.errors import PassError
 from specfx.options import CommonOptions
 from specfx.passes.framework import PassContext, PassRecord, run_passes
 from specfx.passes.pipeline import DRAFTING, REWRITE
-from specfx.timing import timed
+from specfx.timing import told
 
 Rewritten = tuple[fx.GraphModule, tuple[PassRecord, ...]]
 """A rewritten graph, and what the passes did."""
@@ -20,9 +20,9 @@ Rewritten = tuple[fx.GraphModule, tuple[PassRecord, ...]]
 
 def rewrite(model: PreTrainedModel, options: CommonOptions, seconds: dict[str, float]) -> Rewritten:
     """The graph of `model`, which may lack a pass (see `require_kv`). seconds: gets those of capture and passes. Raises `CaptureError`."""
-    with timed(seconds, "capture"):
+    with told(seconds, "capture"):
         captured = capture(model)
-    with timed(seconds, "passes"):
+    with told(seconds, "passes"):
         disabled = [p for p in options.disable_passes if p in {q.name for q in REWRITE}]
         result = run_passes(captured, REWRITE, PassContext(options.page_size), disabled)
     return result.module, result.records
