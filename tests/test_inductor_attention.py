@@ -31,13 +31,13 @@ from torch._inductor.select_algorithm import AlgorithmSelectorCache, ExternKerne
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from triton_tools import SHARED_MEMORY, assert_compiles, compiled, no_interpreter
+from triton_tools import SHARED_MEMORY, Launch, assert_compiles, compile_launch, compiled, no_interpreter
 
 from specfx import _compat
 from specfx.kernels import inductor_attention, triton_attend
 from specfx.kernels.inductor_attention import EXAMPLES, example, source, tried
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference
-from specfx.kernels.triton_config import candidates
+from specfx.kernels.triton_config import candidates, default_config
 
 triton = pytest.importorskip("triton")
 pytestmark = compiled
@@ -154,13 +154,13 @@ def kernel_of(code: str) -> str:
     return str(kernel)
 
 
-def assert_template_compiles(kernel: str, dtype: torch.dtype, capability: int) -> None:
+def launch_of(kernel: str, dtype: torch.dtype) -> Launch:
     module = PyCodeCache.load(kernel)
     (tuner,) = (x for name, x in vars(module).items() if name.startswith("triton_tem"))
     types = {"PAGE_TABLE": torch.int32, "LENGTHS": torch.int32, "ROW_STARTS": torch.int32, "TREE_MASK": torch.int64}
     arguments: dict[str, Any] = {p.name: torch.empty(1, dtype=types.get(p.name[4:], dtype), device="meta") for p in tuner.fn.params}
     options = {name: int(re.search(rf"{name}=(\d+)", kernel).group(1)) for name in ("num_warps", "num_stages")}
-    assert_compiles([(tuner.fn, arguments | options)], capability)
+    return tuner.fn, arguments | options
 
 
 # --- what the op becomes --------------------------------------------------------------------------------------------------------
@@ -256,8 +256,32 @@ def test_what_is_measured_with_is_valid(rows: int, sequences: int, width: int, p
 )
 def test_templates_compile_within_the_limits_of_the_card(capability: int, shape: Shape, rows: int, at: int, gpu: Gpu) -> None:
     gpu.capability = capability
-    gpu.prefer = lambda choice: choice is [x for x in gpu.offered if isinstance(x, TritonTemplateCaller)][at]
-    assert_template_compiles(kernel_of(gpu.code(shape, rows, 1)), shape.dtype, capability)
+    gpu.prefer = lambda choice: choice is templates(gpu)[at]
+    assert_compiles([launch_of(kernel_of(gpu.code(shape, rows, 1)), shape.dtype)], capability)
+
+
+def templates(gpu: Gpu) -> list[Any]:
+    return [choice for choice in gpu.offered if isinstance(choice, TritonTemplateCaller)]
+
+
+@pytest.mark.parametrize("rows", [1, 16, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_choice_of_the_template_compiles(capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, gpu: Gpu) -> None:
+    """All that may be measured for heads, dtypes and sizes, 332 in all, within shared memory; the default's blocks don't spill."""
+    gpu.capability = capability
+    usual = default_config(max(dims), dtype, rows, 1, 64, groups=8, share=4, capability=capability)
+    for at in itertools.count():
+        gpu.prefer = lambda choice, at=at: choice is templates(gpu)[at]
+        kernel = kernel_of(gpu.code(Shape(8, 4, *dims, 64, dtype=dtype), rows, 1))
+        made = compile_launch(*launch_of(kernel, dtype), capability)
+        assert made.shared <= SHARED_MEMORY[capability]
+        cut = {name: int(re.search(rf"{name}\b.*?= *(\d+)", kernel).group(1)) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
+        if all(getattr(usual, name) == value for name, value in cut.items()):
+            assert made.spills == 0, cut
+        if at + 1 == len(templates(gpu)):
+            break
 
 
 RUN = """

@@ -1,6 +1,7 @@
 """The compiled engine: the rewritten graph, lowered for the machine at hand by Inductor.
 
-1. The lowering passes run: linears are packed (`pack_linears`), layers that are alike become calls of one graph (`regions`).
+1. The lowering passes run: linears are packed (`pack_linears`), a stitched head's draft becomes a branch (`draft_on_demand`), layers that
+   are alike become calls of one graph (`regions`).
 2. Inductor compiles one artifact for all numbers of rows, sequences and pages, each kind of layer once. Weights, packed weights and page
    pools are its inputs, so it holds no copy of them, and the pools are written in place.
 

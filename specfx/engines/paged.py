@@ -3,8 +3,8 @@
 `PagedEngine` serves two of the three engines, which differ only in what is called: the graph run node by node as it is ("graph"), or
 the artifact that Inductor made of it ("compiled"). The acceptance gate calls a third thing: the graph on the ops' references. Inputs
 are bound by the names of the graph's placeholders, so passes may be switched off: without the tree mask the engine verifies chains,
-without the epilogue it selects logits and makes the choices itself. With a head stitched in (`mtp_head`), each output brings the next
-draft.
+without the epilogue it selects logits and makes the choices itself. With a head stitched in (`mtp_head`), outputs bring the next
+draft where it is asked for.
 
 What changes from step to step is bound on the host; `call` brings it to the device (`specfx.engines.transfer`), or copies it into the
 static inputs of a CUDA graph (`specfx.engines.cuda_graphs`).
