@@ -37,7 +37,7 @@ from specfx import _compat
 from specfx.kernels import inductor_attention, triton_attend
 from specfx.kernels.inductor_attention import EXAMPLES, example, source, tried
 from specfx.kernels.tree_attention import tree_attention_, tree_attention_reference
-from specfx.kernels.triton_config import candidates, default_config
+from specfx.kernels.triton_config import candidates
 
 triton = pytest.importorskip("triton")
 pytestmark = compiled
@@ -205,7 +205,7 @@ def test_elsewhere_the_op_stays_one_call(case: str, gpu: Gpu) -> None:
 def test_the_lowering_is_registered_where_a_graph_for_cuda_is_compiled(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(inductor_attention, "register", lambda: calls.append("registered"))
-    monkeypatch.setattr(_compat, "compile_fx_inner", lambda module, examples: calls.append("compiled"))
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx_inner", lambda module, examples: calls.append("compiled"))
     with FakeTensorMode(shape_env=ShapeEnv()):
         example = torch.empty(3, device=device)
     graph = fx.Graph()
@@ -269,17 +269,14 @@ def templates(gpu: Gpu) -> list[Any]:
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_choice_of_the_template_compiles(capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, gpu: Gpu) -> None:
-    """All that may be measured for heads, dtypes and sizes, 332 in all, within shared memory; the default's blocks don't spill."""
+    """All that may be measured for heads, dtypes and sizes, 332 in all, within shared memory. (Of those that spill, measuring disposes; what
+    is taken unmeasured is the plain kernels' default, see `test_triton_attention`.)"""
     gpu.capability = capability
-    usual = default_config(max(dims), dtype, rows, 1, 64, groups=8, share=4, capability=capability)
     for at in itertools.count():
         gpu.prefer = lambda choice, at=at: choice is templates(gpu)[at]
         kernel = kernel_of(gpu.code(Shape(8, 4, *dims, 64, dtype=dtype), rows, 1))
         made = compile_launch(*launch_of(kernel, dtype), capability)
         assert made.shared <= SHARED_MEMORY[capability]
-        cut = {name: int(re.search(rf"{name}\b.*?= *(\d+)", kernel).group(1)) for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")}
-        if all(getattr(usual, name) == value for name, value in cut.items()):
-            assert made.spills == 0, cut
         if at + 1 == len(templates(gpu)):
             break
 

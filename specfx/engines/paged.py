@@ -183,7 +183,7 @@ class PagedEngine:
             KEYS: keys,
             WARP: warp,
             NEXT_IDS: _host(next_ids),
-            DRAFTING: torch.tensor(_drafts(batch)),
+            **({DRAFTING: torch.tensor(_drafts(batch))} if DRAFTING in self.inputs else {}),
             **tails,
             **dict(zip(self.pool_names, self.pool.pools, strict=True)),
         }
