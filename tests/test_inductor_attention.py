@@ -269,8 +269,8 @@ def templates(gpu: Gpu) -> list[Any]:
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_choice_of_the_template_compiles(capability: int, dims: tuple[int, int], dtype: torch.dtype, rows: int, gpu: Gpu) -> None:
-    """All that may be measured for heads, dtypes and sizes, 332 in all, within shared memory. (Of those that spill, measuring disposes; what
-    is taken unmeasured is the plain kernels' default, see `test_triton_attention`.)"""
+    """All that may be measured for heads, dtypes and sizes, 332 in all, within shared memory. (Measuring disposes of those that spill;
+    what is taken unmeasured is the plain kernels' default, see `test_triton_attention`.)"""
     gpu.capability = capability
     for at in itertools.count():
         gpu.prefer = lambda choice, at=at: choice is templates(gpu)[at]

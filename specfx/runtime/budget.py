@@ -40,8 +40,10 @@ _LEAST_SEEN = 3.0
 """Forwards with and without a draft, by their weight; with less, what a draft costs can't be told."""
 _SUPPOSED = 0.2
 """Of the time of a forward: what a draft is taken to cost until that could be told once."""
-_CHEAP = 0.02
-"""Of the time of a forward: drafts that cost less are always made."""
+_CHEAP = 0.04
+"""Of the time of a forward: drafts that cost less are always made (or the first tokens of each copied passage would be missed)."""
+_PROBES = 0.02
+"""Of the time: what probes may cost."""
 _EXPECTED = 2.0
 """Accepted tokens that the drafter is believed to have foretold rightly before it began."""
 _VALUE_MEMORY = 0.85
@@ -150,7 +152,7 @@ class Budget:
             self._within = drafting
         cost = self._apart if not within else _SUPPOSED * typical if self._within is None else self._within
         unseen = within and self._within is None and self._value < typical / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
-        longest = max(_PROBE, int(cost / (_CHEAP * typical)))
+        longest = max(_PROBE, int(cost / (_PROBES * typical)))
         pays = self._value > cost or cost < _CHEAP * typical or (self._hopeful and cost < typical)
         if pays and not unseen:
             self._rested, self._pause = 0, longest // 8
