@@ -423,16 +423,13 @@ def small() -> PreTrainedModel:
 
 @pytest.mark.timeout(3600 if LONG else 600)
 @pytest.mark.parametrize("method", [None, "suffix", "mtp"])
-def test_texts_have_the_distribution_of_the_model(
-    method: str | None, small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_have_the_distribution_of_the_model(method: str | None, small: PreTrainedModel, tmp_path: Path) -> None:
     """20,000 continuations of four tokens for each method (of mtp, whose drafts of sampled texts are made one by one, a quarter; of each
     and each setting as many with ``SPECFX_LONG=1``), against the exact distribution: the stock model's, through the same processors."""
     n = 20_000 if LONG else 1_667 if method == "mtp" else 6_667
     options = {"head": save_head(MtpHead.from_target(small), tmp_path), "num_steps": 1} if method == "mtp" else {}
     if method == "mtp":
         save_draft_vocab(torch.arange(USED), tmp_path)  # so that something right is drafted, if not at the first guess
-        monkeypatch.setattr("specfx.runtime.budget._CHEAP", math.inf)  # drafts that don't pay are made too
     ids = torch.tensor([[1, 2, 3, 1, 2]])
     with specfx.speculating(small, method, engine="graph", compile="off", page_size=8, **options):
         for seed, settings in enumerate(DISTRIBUTIONS):
@@ -478,13 +475,10 @@ WARPED: tuple[dict[str, Any], ...] = ({"temperature": 0.8, "top_k": 5}, {"temper
 
 
 @pytest.mark.parametrize("method", [None, "suffix", "mtp"])
-def test_texts_drawn_in_the_graph_have_the_distribution_of_the_model(
-    method: str | None, small: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_texts_drawn_in_the_graph_have_the_distribution_of_the_model(method: str | None, small: PreTrainedModel, tmp_path: Path) -> None:
     """3,000 continuations of three tokens for each method and setting, 1,000 of mtp (20,000 with ``SPECFX_LONG=1``)."""
     n = 20_000 if LONG else 1_000 if method == "mtp" else 3_000
     options = {"head": save_head(MtpHead.from_target(small), tmp_path), "min_token_prob": 0} if method == "mtp" else {}
-    monkeypatch.setattr("specfx.runtime.budget._CHEAP", math.inf)  # drafts that don't pay are made too
     ids = torch.tensor([[1, 2, 3, 1, 2]])
     with specfx.speculating(small, method, engine="graph", compile="off", page_size=8, **options):
         for seed, settings in enumerate(WARPED):
