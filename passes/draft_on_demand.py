@@ -1,8 +1,9 @@
 """A stitched head drafts only where a draft is asked for: behind text that it can't foretell its steps would cost a fifth of a forward.
 
-What the draft alone needs, from the hidden states at the walks' ends on, becomes one branch of a `torch.ops.higher_order.cond` over the
-new input ``drafting`` (bool scalar, on the host); the other branch hands back an empty draft (tokens and parents -1, no probability).
-The head's layers still run over the pairs of every forward, so their keys and values are whole when drafting begins again.
+What the draft alone needs, its steps behind the walks' ends and what else serves nothing but them, becomes one branch of a
+`torch.ops.higher_order.cond` over the new input ``drafting`` (bool scalar, on the host); the other branch hands back an empty draft (tokens
+and parents -1, no probability). The keys and values of every forward's pairs are still written, so the head's are whole when drafting
+begins again.
 
 A draft's first step also moves the head's keys and values of the accepted path to their places. So a forward that verifies a tree with
 branches has to draft (`specfx.engines.paged.PagedEngine.bind` sees to it).
@@ -19,7 +20,18 @@ from torch import fx
 from specfx.errors import PassError
 from specfx.kernels.greedy_walk import greedy_walk
 from specfx.kernels.tree_attention import tree_attention_
-from specfx.passes.framework import NoMatch, Pass, PassContext, add_placeholder, calls, fake_input, fake_mode_of, is_impure, placeholder
+from specfx.passes.framework import (
+    NoMatch,
+    Pass,
+    PassContext,
+    add_placeholder,
+    calls,
+    fake_input,
+    fake_mode_of,
+    insert_call,
+    is_impure,
+    placeholder,
+)
 from specfx.passes.regions import Stretch, graph_of, is_size
 
 aten = torch.ops.aten
@@ -60,24 +72,16 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _steps(module: fx.GraphModule, walk: fx.Node, draft: list[fx.Node]) -> list[fx.Node]:
-    """What stands behind the hidden states at the walks' ends (rows of `leaf`) and before the draft, in order, with what serves only it."""
+    """What nothing but the draft needs, in order: the head's steps, which stand behind the hidden states at the walks' ends (rows of
+    `leaf`), and what is computed for them alone and writes nothing."""
     (leaf,) = (node for node in walk.users if node.target is operator.getitem and node.args[1] == 0)
-    behind, before = set[fx.Node](), set[fx.Node]()
+    behind, steps = set[fx.Node](), set[fx.Node]()
     for node in module.graph.nodes:
-        if node in leaf.users:
-            continue  # these rows are the branch's inputs: the head's tails are made of them too
-        if any(source in leaf.users or source in behind for source in node.all_input_nodes):
+        if node not in leaf.users and any(source in leaf.users or source in behind for source in node.all_input_nodes):
             behind.add(node)
     for node in reversed(module.graph.nodes):
-        if node in draft or any(user in before for user in node.users):
-            before.add(node)
-    steps = {node for node in behind & before if node.op == "call_function" and not is_size(node)}
-    for node in reversed(module.graph.nodes):
-        if node in steps and node not in draft and any(user not in steps for user in node.users):
-            steps.remove(node)  # the head's tails are made of it
-    for node in reversed(module.graph.nodes):
-        alone = node.op == "call_function" and not is_size(node) and not is_impure(node) and node.users
-        if node not in steps and alone and all(user in steps for user in node.users):
+        may = node.op == "call_function" and not is_size(node) and (node in behind or not is_impure(node))
+        if may and (node in draft or (node.users and all(user in steps for user in node.users))):
             steps.add(node)
     apart = {node for node in steps if node.target is operator.getitem and node.args[0] not in steps}  # branches take no tuples
     return [node for node in module.graph.nodes if node in steps - apart]
@@ -95,15 +99,10 @@ def _nothing(module: fx.GraphModule, inputs: list[fx.Node], draft: list[fx.Node]
     if source is None:
         raise PassError("no input of the draft tells how many sequences there are")
     with fake_mode_of(module):
-        size = graph.call_function(aten.sym_size.int, (source, dimension))
-        size.meta["val"] = source.meta["val"].shape[dimension]
-        outputs = []
-        for node in draft:
-            like = node.meta["val"]
+        size, outputs = insert_call(graph, aten.sym_size.int, source, dimension), []
+        for like in (node.meta["val"] for node in draft):
             value = -1 if like.dtype == torch.int64 else -float("inf")
-            made = graph.call_function(aten.full.default, ([size, like.shape[1]], value), {"dtype": like.dtype, "device": like.device})
-            made.meta["val"] = torch.full((like.shape[0], like.shape[1]), value, dtype=like.dtype, device=like.device)
-            outputs.append(made)
+            outputs.append(insert_call(graph, aten.full.default, [size, like.shape[1]], value, dtype=like.dtype, device=like.device))
     graph.output(tuple(outputs))
     return fx.GraphModule({}, graph)
 
@@ -111,9 +110,13 @@ def _nothing(module: fx.GraphModule, inputs: list[fx.Node], draft: list[fx.Node]
 def ensures(module: fx.GraphModule, context: PassContext) -> None:
     if len(calls(module, _cond)) != 1:
         raise PassError("the draft must be made in one branch")
-    left = [node for node in calls(module, aten.full.default) if not node.users]
-    if left:
-        raise PassError(f"{len(left)} nodes of the draft were left behind")
+    made, nothing = ([(v.dtype, str(v.shape)) for v in _results(getattr(module, name))] for name in ("draft", "no_draft"))
+    if made != nothing:
+        raise PassError(f"the branches return different things: {made} and {nothing}")
+
+
+def _results(branch: Any) -> list[torch.Tensor]:
+    return [node.meta["val"] for node in branch.graph.output_node().args[0]]
 
 
 draft_on_demand = Pass("draft_on_demand", run, ensures, optional=True)

@@ -116,13 +116,14 @@ class Budget:
             return self._fitted
         told = [0] + [1] * (self._variance > 1e-9) + [2] * self._tells_drafting
         normal, seconds, weight = self._normal[np.ix_(told, told)], self._seconds[told], self._normal[0, 0]
-        solution = np.linalg.lstsq(normal, seconds, rcond=None)[0]
+        inverse = np.linalg.pinv(normal)
+        solution = inverse @ seconds
         unexplained = max(0.0, float(self._squares - solution @ seconds)) / weight
         fit = np.zeros(3)
         fit[told] = solution
         fit[2] = max(0.0, fit[2])
         if 1 in told:
-            spread = float(np.linalg.pinv(normal)[told.index(1), told.index(1)])
+            spread = float(inverse[told.index(1), told.index(1)])
             mean, (_, rows, drafted) = self._mean, self._normal[0] / weight
             self._doubt = 2 * (unexplained * spread) ** 0.5
             fit[1] = min(max(0.0, fit[1] - self._doubt), mean / rows)
