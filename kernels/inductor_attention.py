@@ -29,7 +29,7 @@ from specfx.kernels import triton_attend, triton_common
 from specfx.kernels.tree_attention import MASK_BITS, tree_append_, tree_attention_
 from specfx.kernels.triton_attention import logit_factors, tree_attend_triton
 from specfx.kernels.triton_common import power_of_two
-from specfx.kernels.triton_config import Config, candidates
+from specfx.kernels.triton_config import Config, candidates, default_config, device_properties
 
 SPLITS = (1, 2, 4, 8, 16)
 """Parts of the prefix that are tried."""
@@ -155,7 +155,7 @@ def lower(
     }
     choices: list[Any] = []
     shape = (rows, sequences, groups, heads // groups)
-    for config in tried(q.get_device(), shape, dk, dv, q.get_dtype(), width * page_size):
+    for config in tried(q.get_device(), shape, dk, dv, q.get_dtype(), width, page_size):
         if config.SPLITS == 1:
             template(has_mask, has_sinks).maybe_append_choice(
                 choices, input_nodes=inputs, layout=layout, call_sizes=list(shape),
@@ -169,21 +169,29 @@ def lower(
     return _compat.fastest(f"specfx_tree_attend_{functions()[:12]}", choices, inputs, layout, made)
 
 
-def tried(device: torch.device, shape: tuple[int, int, int, int], dk: int, dv: int, dtype: torch.dtype, prefix: int) -> list[Config]:
-    """The configurations to measure: those that fit into shared memory, with blocks about as large as the queries of a sequence, and the
-    prefix in one part or in about as many as fill the GPU. shape: rows, sequences, groups, share. prefix: tokens."""
+def tried(
+    device: torch.device, shape: tuple[int, int, int, int], dk: int, dv: int, dtype: torch.dtype, width: int, page_size: int
+) -> list[Config]:
+    """The configurations to measure: the default, which is the first, with its prefix in one part too; and those that fit into shared
+    memory, with blocks about as large as the queries of a sequence, and the prefix in one part or in about as many as fill the GPU.
+
+    shape: rows, sequences, groups, share. width: of the page table.
+    """
     rows, sequences, groups, share = shape
     properties: Any = torch.cuda.get_device_properties(device)
     queries = -(-rows // sequences) * share
     fitting = candidates(dk, dv, dtype, properties.shared_memory_per_block_optin)
     sizes = sorted({c.BLOCK_M for c in fitting if power_of_two(queries, 16) >= c.BLOCK_M})[-2:]
-    configs = []
+    default = default_config(
+        max(dk, dv), dtype, rows, sequences, page_size, groups=groups, share=share, pages=width, **device_properties(device)
+    )
+    configs = [default, dataclasses.replace(default, SPLITS=1)]
     for c in fitting:
         if c.BLOCK_M in sizes:
             programs = sequences * groups * -(-queries // c.BLOCK_M)
-            splits = [s for s in SPLITS if prefix >= 2 * s * c.BLOCK_N and s * programs <= 2 * properties.multi_processor_count]
+            splits = [s for s in SPLITS if width * page_size >= 2 * s * c.BLOCK_N and s * programs <= 2 * properties.multi_processor_count]
             configs += [dataclasses.replace(c, SPLITS=s) for s in sorted({1, *splits[-2:]})]
-    return configs
+    return list(dict.fromkeys(configs))
 
 
 @cache

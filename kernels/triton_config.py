@@ -31,7 +31,8 @@ CONFIGS = tuple(
     Config(m, n, 1, warps, stages)
     for m, n, warps, stages in [
         (16, 32, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2), (32, 32, 4, 3), (32, 64, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3),
-        (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (16, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1), (64, 16, 8, 2),
+        (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (16, 16, 8, 1), (16, 16, 8, 2), (16, 32, 8, 1), (32, 32, 8, 1),
+        (64, 16, 8, 2),
     ]
 )  # fmt: skip
 """What an autotuner may try, with SPLITS of its own; see `candidates`."""
@@ -68,7 +69,7 @@ def default_config(
     if dtype == torch.float32:
         block_m = min(power_of_two(queries, 16), 32 if width <= 64 else 16)
         block_n = 32 if width <= 64 else 16
-        num_warps, num_stages = 8, 1
+        num_warps, num_stages = 8, 1 if width <= 128 else 2
     else:
         block_m = min(power_of_two(queries, 16), 128 if width <= 128 else 64)
         roomy = capability >= 90 or block_m <= 32  # from sm_90 on, products take their operands from shared memory
