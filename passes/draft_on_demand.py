@@ -28,6 +28,7 @@ from specfx.passes.framework import (
     calls,
     fake_input,
     fake_mode_of,
+    graph_module,
     insert_call,
     is_impure,
     placeholder,
@@ -104,7 +105,7 @@ def _nothing(module: fx.GraphModule, inputs: list[fx.Node], draft: list[fx.Node]
             value = -1 if like.dtype == torch.int64 else -float("inf")
             outputs.append(insert_call(graph, aten.full.default, [size, like.shape[1]], value, dtype=like.dtype, device=like.device))
     graph.output(tuple(outputs))
-    return fx.GraphModule({}, graph)
+    return graph_module({}, graph)
 
 
 def ensures(module: fx.GraphModule, context: PassContext) -> None:

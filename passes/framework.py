@@ -90,6 +90,13 @@ def place_of(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
+def graph_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """As `fx.GraphModule`, but its Python code is made when it is first called, which most graphs never are."""
+    from specfx._compat import lazy_graph_module
+
+    return lazy_graph_module(root, graph)
+
+
 def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     """A graph module with a graph and submodules of its own and the same weights (shared, not copied).
 
@@ -100,7 +107,7 @@ def copy_module(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(result)
     old, new = module.graph.output_node(), graph.output_node()
     new.meta = dict(old.meta)
-    copy = fx.GraphModule({str(n.target): attribute(module, str(n.target)) for n in graph.find_nodes(op="get_attr")}, graph)
+    copy = graph_module({str(n.target): attribute(module, str(n.target)) for n in graph.find_nodes(op="get_attr")}, graph)
     copy.meta = dict(module.meta)
     return copy
 

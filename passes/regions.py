@@ -26,7 +26,7 @@ from torch import fx
 
 from specfx.errors import PassError
 from specfx.kernels.tree_attention import tree_attention_
-from specfx.passes.framework import NoMatch, Pass, PassContext, calls
+from specfx.passes.framework import NoMatch, Pass, PassContext, calls, graph_module
 
 invoke = torch.ops.higher_order.invoke_subgraph
 
@@ -37,9 +37,11 @@ def is_size(node: fx.Node) -> bool:
 
 @dataclass
 class Stretch:
-    """Consecutive nodes. inputs: what they read from outside, in the order of first use. form: equal for stretches that are alike."""
+    """Consecutive nodes. kinds: of nodes, as far as they are known (see `_kind`). inputs: what they read from outside, in the order of
+    first use. form: equal for stretches that are alike."""
 
     nodes: Sequence[fx.Node]
+    kinds: dict[fx.Node, str]
     inputs: list[fx.Node] = field(default_factory=list)
     form: tuple[Any, ...] = ()
 
@@ -58,9 +60,14 @@ class Stretch:
         lines = []
         for i, node in enumerate(self.nodes):
             read = repr(fx.map_arg((node.args, node.kwargs), named))
-            lines.append((str(node.target), read, _kind(node)))
+            lines.append((str(node.target), read, self.kind(node)))
             place[node] = f"n{i}"
-        self.form = (*lines, *map(_kind, self.inputs))
+        self.form = (*lines, *map(self.kind, self.inputs))
+
+    def kind(self, node: fx.Node) -> str:
+        if node not in self.kinds:
+            self.kinds[node] = _kind(node)
+        return self.kinds[node]
 
 
 class _Name:
@@ -98,16 +105,17 @@ def _alive(nodes: Sequence[fx.Node]) -> list[int]:
     return alive
 
 
-def _stretches(nodes: Sequence[fx.Node], lead: int, anchors: Sequence[int]) -> list[Stretch]:
-    """The stretches that begin `lead` nodes before each anchor, as long as they are alike to another."""
+def _stretches(nodes: Sequence[fx.Node], lead: int, anchors: Sequence[int], known: dict[fx.Node, str]) -> list[Stretch]:
+    """The stretches that begin `lead` nodes before each anchor, as long as they are alike to another. known: kinds of nodes."""
     starts = [a - lead for a in anchors]
-    whole = [Stretch(nodes[a:b]) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
+    whole = [Stretch(nodes[a:b], known) for a, b in zip(starts, [*starts[1:], len(nodes)], strict=True)]
     counts = Counter(s.form for s in whole)
     kinds = {s.form: len(s.nodes) for s in whole[:-1]}
     found: list[Stretch] = []
     for start, stretch in zip(starts, whole, strict=True):
         if counts[stretch.form] < 2:  # more than a layer stands before the next anchor, or behind the last one
-            shorter = (Stretch(nodes[start : start + n]) for n in sorted(set(kinds.values()), reverse=True) if n < len(stretch.nodes))
+            lengths = sorted((n for n in set(kinds.values()) if n < len(stretch.nodes)), reverse=True)
+            shorter = (Stretch(nodes[start : start + n], known) for n in lengths)
             stretch = next((s for s in shorter if s.form in kinds), stretch)
         found.append(stretch)
     counts = Counter(s.form for s in found)
@@ -124,7 +132,8 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     room = min(anchors[0], *(b - a - 1 for a, b in itertools.pairwise(anchors)))
     fewest = min(alive[anchors[1] - lead] for lead in range(room + 1))
     leads = [lead for lead in range(room + 1) if alive[anchors[1] - lead] == fewest]
-    found = max((_stretches(nodes, lead, anchors) for lead in leads), key=lambda s: sum(len(x.nodes) for x in s))
+    known: dict[fx.Node, str] = {}
+    found = max((_stretches(nodes, lead, anchors, known) for lead in leads), key=lambda s: sum(len(x.nodes) for x in s))
     found = [s for s in found if _owns_its_pools(s)]
     kinds: dict[tuple[Any, ...], list[Stretch]] = defaultdict(list)
     for stretch in found:
@@ -190,7 +199,7 @@ def graph_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], returned: Sequ
         copy(node)
     graph.output(tuple(copies[nodes[i]] for i in returned))
     graph.output_node().meta["val"] = tuple(nodes[i].meta["val"] for i in returned)
-    return fx.GraphModule({}, graph)
+    return graph_module({}, graph)
 
 
 def ensures(module: fx.GraphModule, context: PassContext) -> None:

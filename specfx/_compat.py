@@ -67,6 +67,13 @@ def new_dynamic_size(
     return size
 
 
+def lazy_graph_module(root: torch.nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A graph module that makes its Python code when it is first called or looked at (`_LazyGraphModule`)."""
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
+    return _LazyGraphModule(root, graph)
+
+
 def symbolic_shapes() -> contextlib.AbstractContextManager[Any]:
     """A block in which ops on fake tensors compute symbolic sizes also where their C++ asks for numbers, as `torch.export` does it
     (`enable_python_dispatcher`; `aten.matmul` needs it in 2.11, not in 2.13)."""
@@ -267,7 +274,7 @@ def _with_weights_as_inputs(module: fx.GraphModule, names: Sequence[str]) -> fx.
     for node in module.graph.nodes:
         lifted = node.op == "get_attr" and node.target in weights
         new[node] = weights[str(node.target)] if lifted else graph.node_copy(node, new.__getitem__)
-    return fx.GraphModule(module, graph)
+    return lazy_graph_module(module, graph)
 
 
 # --- Inductor lowerings and templates (all read in 2.13; where 2.11 differs, it says so) -----------------------------------------

@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from specfx import _compat
 from specfx.errors import ArtifactError
-from specfx.passes.framework import attribute, fake_mode_of, place_of
+from specfx.passes.framework import attribute, fake_mode_of, graph_module, place_of
 
 LARGEST_CONSTANT = 1 << 20
 """Bytes of a tensor without a name that is kept with its values."""
@@ -205,7 +205,7 @@ class _Decoder:
                 attributes[name] = self.graph(kept)
             else:
                 attributes[name] = self._weights[kept.name] if isinstance(kept, _Weight) else kept.to(self._device)
-        module = fx.GraphModule(attributes, graph)
+        module = graph_module(attributes, graph)
         if packed:
             module.meta["packed"] = packed
         return module

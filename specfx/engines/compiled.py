@@ -45,9 +45,10 @@ class Lowered:
 
 def lower(module: fx.GraphModule, context: PassContext, disabled: tuple[str, ...]) -> Lowered:
     """Run the lowering passes but those `disabled`, and Inductor. Raises `LoweringError` if Inductor fails."""
-    # A copy even where no pass applies: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
-    lowered = run_passes(copy_module(module), LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
-    return Lowered(lowered.module, _inductor(lowered.module, _examples(lowered.module)), lowered.records)
+    lowered = run_passes(module, LOWERING, context, [d for d in disabled if d in {p.name for p in LOWERING}])
+    # A copy even where no pass applied: tracing puts stand-ins in the places of its weights, while the graph engine may be running.
+    own = copy_module(module) if lowered.module is module else lowered.module
+    return Lowered(own, _inductor(own, _examples(own)), lowered.records)
 
 
 def _examples(module: fx.GraphModule) -> list[Any]:
