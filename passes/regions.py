@@ -41,7 +41,7 @@ class Stretch:
     first use. form: equal for stretches that are alike."""
 
     nodes: Sequence[fx.Node]
-    kinds: dict[fx.Node, str]
+    kinds: dict[fx.Node, str] = field(default_factory=dict)
     inputs: list[fx.Node] = field(default_factory=list)
     form: tuple[Any, ...] = ()
 

@@ -204,6 +204,33 @@ def test_where_the_process_fails_this_one_does_it(
     assert told in refusal.detail
 
 
+WORK = """
+import os, sys, time
+sys.stdin.buffer.read()
+idle = os.environ["SPECFX_PRIORITY"] == "idle"
+{}
+print('{{"seconds": {{"' + os.environ["SPECFX_PRIORITY"] + '": 1}}}}')
+"""
+
+
+@pytest.mark.parametrize(
+    ("work", "finished"),
+    [
+        ("time.sleep(600 * idle)", "nice"),
+        ("while time.process_time() < 0.5: pass\ntime.sleep(0.3)", "idle"),
+        ("time.sleep(0.3)", "idle"),  # ready before anybody looks
+    ],
+    ids=["starved", "at work", "short"],
+)
+def test_an_idle_process_that_comes_to_little_is_followed_by_one_that_takes_its_share(
+    work: str, finished: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_COMMAND", ("-c", WORK.format(work)))
+    monkeypatch.setattr(worker, "SECONDS_IDLE", 5.0 if "while" not in work and finished == "idle" else 0.5)
+    monkeypatch.setattr(worker, "_STARVED", 0.05)  # other tests run beside this one
+    assert worker.fill(b"") == {finished: 1}
+
+
 def test_where_no_process_can_be_started_this_one_does_it(artifacts: Path, monkeypatch: pytest.MonkeyPatch, instant_inductor: None) -> None:
     monkeypatch.setattr(sys, "executable", str(artifacts / "nothing"))
     model = specfx.speculate(tiny(), None)

@@ -5,8 +5,9 @@ low priority, puts the artifacts on the shelf, and proves nothing: whoever takes
 
 * It is a process group of its own, which the terminal's Ctrl-C does not reach, but of the parent's session: Linux weighs sessions against
   each other as equals, however nice their processes are, and an op of the parent waits for its slowest thread. For that reason it also
-  takes no processor that anybody else wants: merely nice, it made single tokens of the parent wait for 0.1 to 0.3 s. The price is that it
-  comes to little while a program generates without a pause on all processors.
+  takes no processor that anybody else wants: merely nice, it made single tokens of the parent wait for 0.1 to 0.3 s.
+* While a program generates without a pause on all processors, such a child comes to little. After `SECONDS_IDLE` it is ended then, and
+  another begins that takes its share: whoever works that long without a pause gains more by the compiled engine than that costs.
 * A child whose parent is gone goes on for at most `SECONDS_ALONE`: what it finishes, the next process finds.
 * Two children that build the same wait for each other; the second finds the work done.
 * Models on a GPU are not built so: the child would need room there for another copy of the weights.
@@ -17,8 +18,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,7 +41,11 @@ if TYPE_CHECKING:
     from specfx.options import CommonOptions
 
 SECONDS_ALONE = 60.0
-_NICE = 10
+SECONDS_IDLE = 20.0
+_STARVED = 0.3
+"""Of a processor, on average: a child that got less comes to little."""
+_NICE = {"idle": 10, "nice": 5}
+"""Of a child, by what the environment's SPECFX_PRIORITY says."""
 _COMMAND = ("-P", "-m", "specfx.artifacts.worker")
 
 
@@ -62,8 +69,24 @@ def fill(order: bytes) -> dict[str, float]:
 
     Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
     """
+    lines = _child(order, "idle")
+    if lines is None:
+        lines = _child(order, "nice")
+    assert lines is not None
+    try:
+        outcome = json.loads(lines[-1])
+    except ValueError:
+        raise ArtifactError(f"the process that compiles ended without an answer: {lines[-1]}") from None
+    if "error" in outcome:
+        raise ArtifactError(f"the process that compiles: {outcome['error']}")
+    seconds: dict[str, float] = outcome["seconds"]
+    return seconds
+
+
+def _child(order: bytes, priority: str) -> list[str] | None:
+    """What a child prints, or the last line of what it complains of; None if it was idle and got too little of a processor."""
     paths = [os.getcwd() if path == "" else path for path in sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPECFX_PARENT": str(os.getpid())}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPECFX_PARENT": str(os.getpid()), "SPECFX_PRIORITY": priority}
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaints:
         try:
             child = subprocess.Popen(
@@ -79,20 +102,29 @@ def fill(order: bytes) -> dict[str, float]:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError), child.stdin:  # a child that ended already tells why below
             child.stdin.write(order)
+        started, looked = time.monotonic(), False
         while child.poll() is None:  # not `wait`, which nothing could interrupt
             time.sleep(0.05)
+            if not looked and priority == "idle" and (passed := time.monotonic() - started) > SECONDS_IDLE:
+                looked = True
+                if _cpu_seconds(child.pid) < _STARVED * passed:
+                    os.killpg(child.pid, signal.SIGKILL)  # files appear whole, locks go with their holder
+                    child.wait()
+                    return None
         told.seek(0)
         complaints.seek(0)
-        lines = told.read().decode(errors="replace").splitlines()
-        try:
-            outcome = json.loads(lines[-1])
-        except (IndexError, ValueError):
-            last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise ArtifactError(f"the process that compiles ended with {child.returncode}: {' '.join(last)}") from None
-    if "error" in outcome:
-        raise ArtifactError(f"the process that compiles: {outcome['error']}")
-    seconds: dict[str, float] = outcome["seconds"]
-    return seconds
+        last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+        return told.read().decode(errors="replace").splitlines() or [f"{child.returncode}: {' '.join(last)}"]
+
+
+def _cpu_seconds(pid: int) -> float:
+    """What a process took of processors; infinite where nobody tells."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:  # another system, or it has just ended
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime, stime: see proc(5)
 
 
 def main() -> None:
@@ -101,8 +133,9 @@ def main() -> None:
     answer = os.dup(1)
     os.dup2(2, 1)  # what compilers print is not the answer
     gc.disable()  # a tenth of the time of tracing; this process is short
-    os.nice(_NICE)
-    if hasattr(os, "SCHED_IDLE"):  # Linux
+    priority = os.environ["SPECFX_PRIORITY"]
+    os.nice(_NICE[priority])
+    if priority == "idle" and hasattr(os, "SCHED_IDLE"):  # Linux
         with contextlib.suppress(OSError):  # in a sandbox that forbids it
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     threading.Thread(target=_notice_parent, args=(int(os.environ["SPECFX_PARENT"]),), daemon=True).start()
