@@ -7,7 +7,8 @@ import math
 import os
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -32,7 +34,8 @@ from transformers import (
 import specfx
 from specfx.drafters.mtp_files import save_draft_vocab
 from specfx.drafters.mtp_head import MtpHead, save_head
-from specfx.errors import LoweringError
+from specfx.engines.stock import StockEngine
+from specfx.errors import LoweringError, Reason
 from specfx.kernels import cpu_build
 from specfx.kernels.greedy_walk import greedy_walk, greedy_walk_reference
 from specfx.kernels.keyed_sample import Draw, draw_tables, keyed_gumbel, keyed_sample, keyed_sample_reference, philox, warped
@@ -362,7 +365,21 @@ def outcomes(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
                         outcome.accepted[name] = sum(specfx.stats(model).last.accepted)
                     outcome.batches += [sampled(model, ids[rows]) for rows in ([0, 1, 2], [0, 3, 2], [0])]
                     assert not specfx.explain(model).stock_calls
+    waiting = result["None, stock while there is no engine"] = Outcome({}, {}, [])
+    with waiting_for_an_engine(model):
+        for name, settings in SETTINGS.items():
+            waiting.texts[name] = [tuple(sampled(model, ids[:1], seed, **settings())[0].tolist()) for seed in (0, 1)]
+        waiting.batches += [sampled(model, ids[rows]) for rows in ([0, 1, 2], [0, 3, 2], [0])]
     return result
+
+
+@contextmanager
+def waiting_for_an_engine(model: PreTrainedModel) -> Iterator[None]:
+    """Stock serves."""
+    with specfx.speculating(model, None, engine="graph", compile="off"):
+        model.generate.ready().keeper.engine = StockEngine()
+        yield
+        assert list(specfx.explain(model).stock_calls) == [Reason.ENGINE_NOT_READY.value]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -399,6 +416,37 @@ def test_padding_and_returned_sequences(model: PreTrainedModel) -> None:
         assert not torch.equal(
             model.generate(ids, max_new_tokens=24, do_sample=True), model.generate(ids, max_new_tokens=24, do_sample=True)
         )
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.7, "top_k": 20}, {"repetition_penalty": 1.3, "temperature": 0.7}], ids=str)
+def test_what_is_told_of_scores_is_the_same_while_there_is_no_engine(settings: dict[str, Any], model: PreTrainedModel) -> None:
+    """In a batch with padding, to the caller and to a criterion that looks at scores."""
+    ids = prompts(2)
+    ids[1, :3] = 0
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    told: dict[str, list[float]] = {"waiting": [], "ready": []}
+
+    def outcome(now: str, rows: slice) -> Any:
+        def look(ids: torch.Tensor, scores: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            told[now].append(float(scores[-1].max()))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        criteria = {"stopping_criteria": StoppingCriteriaList([look])} if rows == slice(1) else {}
+        asked: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        return sampled(model, ids[rows], attention_mask=mask[rows], pad_token_id=0, **asked, **settings, **criteria)
+
+    found = {}
+    for rows in (slice(1), slice(2)):
+        with waiting_for_an_engine(model):
+            found["waiting"] = outcome("waiting", rows)
+        with specfx.speculating(model, "suffix", engine="graph", compile="off"):
+            found["ready"] = outcome("ready", rows)
+        assert torch.equal(found["waiting"].sequences, found["ready"].sequences)
+        for name in ("scores", "logits"):
+            assert len(found["waiting"][name]) == len(found["ready"][name]) == 24
+            torch.testing.assert_close(found["waiting"][name], found["ready"][name], rtol=1e-4, atol=1e-4)
+    assert told["waiting"] == pytest.approx(told["ready"], rel=1e-4)
 
 
 def test_processors_see_each_prefix_once_and_in_order(model: PreTrainedModel) -> None:

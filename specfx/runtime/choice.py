@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,30 @@ class SequenceState:
     def engine_draw(self) -> Draw | None:
         """How the engine is to draw its tokens."""
         return self.draw if self.processor is None else None
+
+
+class AsDrawn:
+    """A logits processor behind which the best token is the one that an engine would draw: what stock's greedy decoding is given where it
+    serves a sampled call while the engine is still being prepared, so that the text is the engine's.
+
+    processors: of the call. seed, warp: see `Draw`; a warp of None is for processors that a draw does not know. pads: columns of padding
+    before each row. scores: if they are wanted, what the processors made of each step's scores ``[B, V]``, as stock would show them.
+    """
+
+    def __init__(self, processors: Processor, seed: int, warp: dict[str, Any] | None, pads: Sequence[int], record: bool) -> None:
+        self.processors, self.warps, self.pads = processors, warp is not None, pads
+        self.draws = [Draw(seed, i, **(warp or {})) for i in range(len(pads))]
+        self.scores: list[Tensor] | None = [] if record else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        processed = scores
+        if self.scores is not None or not self.warps:
+            processed = self.processors(input_ids, scores.clone())
+        if self.scores is not None:
+            self.scores.append(processed.clone())
+        keys, warp = draw_tables(self.draws, [input_ids.shape[1] - pad for pad in self.pads])
+        tokens = keyed_sample(scores if self.warps else processed, keys.to(scores.device), warp.to(scores.device))
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
 def next_tokens(sequences: Sequence[SequenceState], scores: Sequence[Tensor]) -> list[int]:

@@ -8,6 +8,7 @@ the stock `_sample` with the reason recorded.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ from specfx.errors import KVPoolError, Reason
 from specfx.kernels.keyed_sample import Draw
 from specfx.runtime import page_cache
 from specfx.runtime.budget import Budget
-from specfx.runtime.choice import Record
+from specfx.runtime.choice import AsDrawn, Record
 from specfx.runtime.held import Held, Keeper
 from specfx.runtime.page_cache import PageCache
 from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row, standard_warp
@@ -114,29 +115,26 @@ def speculative_decode(
     """A decoding method for `generate` on the engine of `keeper`; input_ids ``[B, L]`` -> ``[B, L + new]``.
 
     cache: the caller's, which `page_cache.beside` accepts; it is filled.
-    Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call.
+    Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call, also where stock
+    serves it because no engine is ready yet.
     """
     config, engine, pages = generation_config, keeper.engine, page_cache.beside(cache)
     reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, drafter, inputs, cache, pages)
     if reason is not None:
         record_stock(reason)
-        return type(model)._sample(
-            model,
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=config,
-            streamer=streamer,
-            **inputs,
-        )
+        stock = functools.partial(type(model)._sample, model, input_ids, streamer=streamer, **inputs)
+        if reason == Reason.ENGINE_NOT_READY.value and config.do_sample:
+            pads = _paddings(input_ids, inputs.get("attention_mask"))
+            return _drawn_by_stock(stock, pads, logits_processor, stopping_criteria, config)
+        return stock(logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=config)
     mask = inputs.get("attention_mask")
     rows: list[list[int]] = input_ids.tolist()
-    pads = [0] * len(rows) if mask is None else (mask == 0).sum(-1).tolist()
+    pads = _paddings(input_ids, mask)
     prompts = [row[pad:] for row, pad in zip(rows, pads, strict=True)]
     limit = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
     if limit is None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
-    seed = int(torch.randint(torch.iinfo(torch.int64).max, ())) if config.do_sample else None
+    seed = _seed() if config.do_sample else None
     recorded = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     warp = None if seed is None else standard_warp(logits_processor)
     records = [Record(None if warp is None else logits_processor) if recorded else None for _ in rows]
@@ -188,6 +186,46 @@ def speculative_decode(
         logits=_by_step([r.logits for r in records if r is not None]) if config.output_logits else None,
         past_key_values=cache,
     )
+
+
+def _seed() -> int:
+    """Of a sampled call."""
+    return int(torch.randint(torch.iinfo(torch.int64).max, ()))
+
+
+def _paddings(input_ids: Tensor, mask: Tensor | None) -> list[int]:
+    """Columns of padding in each row."""
+    paddings: list[int] = [0] * len(input_ids) if mask is None else (mask == 0).sum(-1).tolist()
+    return paddings
+
+
+def _drawn_by_stock(
+    stock: Callable[..., GenerateDecoderOnlyOutput | Tensor],
+    pads: list[int],
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """A sampled call by stock's forwards and an engine's draws."""
+    drawn = AsDrawn(processors, _seed(), standard_warp(processors), pads, bool(config.return_dict_in_generate and config.output_scores))
+
+    def shown_scores(criterion: Any) -> Any:
+        def judge(input_ids: Tensor, scores: Any, **more: Any) -> Any:
+            return criterion(input_ids, None if drawn.scores is None else tuple(drawn.scores), **more)
+
+        return criterion if isinstance(criterion, ROWWISE_CRITERIA) else judge
+
+    greedy = copy.copy(config)
+    greedy.do_sample = False
+    output = stock(
+        logits_processor=LogitsProcessorList([drawn]),
+        stopping_criteria=StoppingCriteriaList(map(shown_scores, criteria)),
+        generation_config=greedy,
+    )
+    if drawn.scores is not None:
+        assert not isinstance(output, Tensor)
+        output.scores = tuple(drawn.scores)
+    return output
 
 
 class _Progress:
