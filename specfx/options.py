@@ -121,7 +121,8 @@ class MtpOptions:
     tokens to draft, as `specfx train mtp` writes it; "auto" takes the one beside the head, if there is one; None drafts all tokens.
     min_token_prob: a node is verified only if the head finds its path at least this probable. wiring: "published" runs a head as vLLM and
     SGLang do; "transformers" as `generate(use_mtp=True)` does, which differs for Step-3.5 (the target's LM head for every layer, hidden
-    states after the final norm) and Inkling (the embedding without its norm).
+    states after the final norm) and Inkling (the embedding without its norm). enable_suffix_decoding: what the suffix drafter finds is
+    verified too, in one tree with the head's drafts.
     """
 
     head: str | Path | None = None
@@ -131,8 +132,11 @@ class MtpOptions:
     draft_vocab: str | Path | None = "auto"
     min_token_prob: float = 0.02
     wiring: str = "published"
+    enable_suffix_decoding: bool = False
 
     def __post_init__(self) -> None:
+        along = self.enable_suffix_decoding
+        _check(isinstance(along, bool), "enable_suffix_decoding", along, "must be True or False")
         _check(self.wiring in ("published", "transformers"), "wiring", self.wiring, 'must be "published" or "transformers"')
         steps, topk, most = self.num_steps, self.topk, self.num_draft_tokens
         _check(type(steps) is int and 1 <= steps < MAX_ROWS, "num_steps", steps, f"must be an int in 1..{MAX_ROWS - 1}")

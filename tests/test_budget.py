@@ -19,7 +19,7 @@ from specfx.runtime import budget
 from specfx.runtime.budget import Budget
 from specfx.runtime.session import Runtime
 from specfx.runtime.stats import CallStats
-from specfx.runtime.tree import EMPTY_TREE, DraftTree
+from specfx.runtime.tree import EMPTY_TREE, DraftTree, merged
 
 
 def told(fixed: float, each: float, forwards: int = 40, noise: float = 0.0) -> Budget:
@@ -94,6 +94,25 @@ def test_where_all_forwards_have_as_many_rows_a_plain_one_tells_what_a_row_costs
             assert verified.count(3) > 0.98 * len(verified)
         else:
             assert sum(n > 0 for n in verified[40:]) <= 360 // budget._PROBE + 1
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_draft_that_tells_no_more_than_the_one_beside_it_is_not_made(new: bool) -> None:
+    """The other one is verified all the while, and a draft that tells more is made all the while."""
+    made, other = Budget(), DraftTree.chain([1, 2, 3], [0.9, 0.8, 0.7])
+    ours = DraftTree.chain([1, 2, 3, 4, 5, 6], [0.9, 0.8, 0.7, 0.6, 0.6, 0.6]) if new else DraftTree.chain([1, 2], [0.9, 0.8])
+    drafted = []
+    for _ in range(400):
+        drafted.append(made.wants(within=False))
+        if drafted[-1]:
+            made.note_drafting(1.0)
+        (tree,) = made.share([merged(ours, other, 15) if drafted[-1] else other], None, [other] if drafted[-1] else None)
+        made.note_forward(1 + len(tree), 10 + 0.2 * (1 + len(tree)))
+        if len(tree):
+            accepted = len(tree) * 3 // 4
+            made.note_draft(tree, accepted, min(accepted, 3) if drafted[-1] else None)
+        assert len(tree) >= 3 or len(drafted) % budget._PROBE in (budget._FEWEST + 1, 0), len(drafted)
+    assert sum(drafted) > 390 if new else sum(drafted) < 60
 
 
 @pytest.mark.parametrize("within", [True, False])

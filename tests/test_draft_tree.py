@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specfx.runtime.tree import EMPTY_TREE, MAX_ROWS, DraftTree
+from specfx.runtime.tree import EMPTY_TREE, MAX_ROWS, DraftTree, merged
 
 
 @st.composite
@@ -31,6 +31,32 @@ def path_of(tree: DraftTree, row: int) -> list[int]:
     while path[0] != 0:
         path.insert(0, tree.parents[path[0] - 1] + 1)
     return path
+
+
+@given(tree=trees(), tokens=st.lists(st.integers(0, 30), max_size=6), data=st.data())
+def test_what_a_tree_foretold_is_its_longest_path_along_a_text(tree: DraftTree, tokens: list[int], data: st.DataObject) -> None:
+    if len(tree):
+        row = data.draw(st.integers(0, len(tree)))
+        tokens = [tree.tokens[r - 1] for r in path_of(tree, row)[1:]] + tokens
+    paths = by_path(tree)
+    assert tree.foretold(tokens) == max((n for n in range(1, len(tokens) + 1) if tuple(tokens[:n]) in paths), default=0)
+
+
+def by_path(tree: DraftTree) -> dict[tuple[int, ...], float]:
+    """The probability of each node by the tokens that lead to it."""
+    return {tuple(tree.tokens[row - 1] for row in path_of(tree, i + 1)[1:]): p for i, p in enumerate(tree.probs)}
+
+
+@given(first=trees(), second=trees(), most=st.integers(0, 40))
+def test_merged_trees_hold_the_paths_of_both(first: DraftTree, second: DraftTree, most: int) -> None:
+    whole = {path: max(by_path(t).get(path, 0.0) for t in (first, second)) for path in by_path(first) | by_path(second)}
+    tree = merged(first, second, most)
+    DraftTree(tree.tokens, tree.parents, tree.probs)  # keeps the rules
+    kept = by_path(tree)
+    assert len(kept) == len(tree) == min(most, len(whole))
+    assert kept.items() <= whole.items()
+    assert sorted(kept.values(), reverse=True) == sorted(whole.values(), reverse=True)[:most]
+    assert all(kept[path] <= kept.get(path[:-1], 1.0) for path in kept)
 
 
 # a (row 1) -> b (2), c (3); d (4) beside a; e (5) below c

@@ -19,7 +19,7 @@ from specfx.runtime import decode
 
 NAMES = ("llama", "qwen3", "gemma3", "gpt_oss", "qwen3_moe")
 ENGINES = ("graph", "eager", "compiled")
-METHODS = (None, "suffix", "mtp")
+METHODS = (None, "suffix", "mtp", "mtp and suffix")
 PAD = 0
 
 
@@ -121,7 +121,10 @@ def model(
 ) -> PreTrainedModel:
     name, engine, method = request.param
     model = made.setdefault((name, engine), tiny_model(name))
-    options = {"head": save_head(MtpHead.from_target(model), tmp_path_factory.mktemp("head"))} if method == "mtp" else {}
+    options: dict[str, Any] = {}
+    if method in ("mtp", "mtp and suffix"):
+        options = {"head": save_head(MtpHead.from_target(model), tmp_path_factory.mktemp("head"))}
+        options["enable_suffix_decoding"], method = method != "mtp", "mtp"
     specfx.speculate(model, method, engine=engine, compile="sync" if engine == "compiled" else "off", page_size=8, **options)
     assert specfx.explain(model).engine == engine
     return model
@@ -129,7 +132,7 @@ def model(
 
 def cells() -> list[Any]:
     """gemma3's layers can't be run as a head."""
-    found = [(n, e, m) for n in NAMES for e in ENGINES for m in METHODS if (n, m) != ("gemma3", "mtp")]
+    found = [(n, e, m) for n in NAMES for e in ENGINES for m in METHODS if n != "gemma3" or m in (None, "suffix")]
     return [pytest.param(cell, cell[0], id="-".join(map(str, cell))) for cell in found]
 
 

@@ -27,7 +27,7 @@ from specfx.runtime import decode
 LONG = bool(os.environ.get("SPECFX_LONG"))
 EXAMPLES = 500 if LONG else 60
 PAD = 0
-WAYS = [(engine, method) for engine in ("graph", "eager") for method in (None, "suffix", "mtp")]
+WAYS = [(engine, method) for engine in ("graph", "eager") for method in (None, "suffix", "mtp", "mtp and suffix")]
 
 
 class Interrupted(BaseException):
@@ -155,8 +155,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, PreTrainedMode
     made: dict[Any, PreTrainedModel] = {"stock": tiny_model("llama")}
     head = save_head(MtpHead.from_target(made["stock"]), tmp_path_factory.mktemp("head"))
     for engine, method in WAYS:
-        options = {"head": head} if method == "mtp" else {}
-        made[engine, method] = specfx.speculate(tiny_model("llama"), method, engine=engine, compile="off", page_size=8, **options)
+        options = {} if method in (None, "suffix") else {"head": head, "enable_suffix_decoding": method != "mtp"}
+        own = "mtp" if options else method
+        made[engine, method] = specfx.speculate(tiny_model("llama"), own, engine=engine, compile="off", page_size=8, **options)
     made["reference"] = specfx.speculate(tiny_model("llama"), None, engine="graph", compile="off", page_size=8)
     return made
 

@@ -341,6 +341,9 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
+BOTH = {"enable_suffix_decoding": True}
+
+
 @dataclass
 class Outcome:
     """Of one way to generate. texts: of each setting, with two seeds; batches: of sequences a, b, c, then a, d, c, then a alone."""
@@ -357,8 +360,13 @@ def outcomes(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*began with a right token")
         for engine in ("graph", "eager"):
-            for method, options in ((None, {}), ("suffix", {"min_token_prob": 0.01}), ("mtp", {"head": head})):
-                outcome = result[f"{method}, {engine}"] = Outcome({}, {}, [])
+            for method, options in (
+                (None, {}),
+                ("suffix", {"min_token_prob": 0.01}),
+                ("mtp", {"head": head}),
+                ("mtp", BOTH | {"head": head}),
+            ):
+                outcome = result[f"{method}{' and suffix' if BOTH.items() <= options.items() else ''}, {engine}"] = Outcome({}, {}, [])
                 with specfx.speculating(model, method, engine=engine, compile="off", **options):
                     for name, settings in SETTINGS.items():
                         outcome.texts[name] = [tuple(sampled(model, ids[:1], seed, **settings())[0].tolist()) for seed in (0, 1)]

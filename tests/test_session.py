@@ -139,6 +139,7 @@ class FakeDrafter:
     prompts: dict[int, int] = field(default_factory=dict)
     ends: dict[int, list[int]] = field(default_factory=dict)
     on_trial: bool = False
+    beside: FakeDrafter | None = None
     ended: dict[int, list[int]] = field(default_factory=dict)  # all that was known of a sequence when it went
     proposals: list[tuple[list[int], int, DraftTree]] = field(default_factory=list)
 
@@ -147,10 +148,14 @@ class FakeDrafter:
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self._maybe_raise("add")
         assert seq not in self.known
+        if self.beside is not None:
+            self.beside.add(seq, prompt, ends)
         self.known[seq], self.prompts[seq], self.ends[seq] = list(prompt), len(prompt), list(ends)
 
     def accept(self, seq: int, tokens: Sequence[int], hidden: Tensor | None, drafted: DraftTree | None = None) -> None:
         self._maybe_raise("accept")
+        if self.beside is not None:
+            self.beside.accept(seq, tokens, hidden)
         known = self.known[seq]
         first = len(known) == self.prompts[seq]
         known += tokens
@@ -170,6 +175,8 @@ class FakeDrafter:
         return trees
 
     def remove(self, seq: int, last: Sequence[int] = ()) -> None:
+        if self.beside is not None:
+            self.beside.remove(seq, last)
         known = self.known.pop(seq, None)
         if known is None:
             assert not last, "the last tokens of a sequence that is not known"
@@ -255,6 +262,7 @@ def requests(draw: st.DrawFn) -> list[tuple[list[int], int, list[int], int]]:
 @given(
     asked=requests(),
     policy=st.sampled_from(POLICIES),
+    beside=st.sampled_from((None, *POLICIES)),
     max_nodes=st.integers(1, 12),
     verifies=st.sampled_from(["trees", "chains"]),
     tells_hidden=st.booleans(),
@@ -264,6 +272,7 @@ def requests(draw: st.DrawFn) -> list[tuple[list[int], int, list[int], int]]:
 def test_output_is_plain_decodings_whatever_is_drafted(
     asked: list[tuple[list[int], int, list[int], int]],
     policy: Policy,
+    beside: Policy | None,
     max_nodes: int,
     verifies: str,
     tells_hidden: bool,
@@ -273,6 +282,8 @@ def test_output_is_plain_decodings_whatever_is_drafted(
     """Sequences come at different steps, end at end tokens or after `max_new_tokens`, and the drafter learns exactly what was committed."""
     engine = FakeEngine(verifies, tells_hidden)
     drafter = FakeDrafter(policy, needs_hidden, tells_hidden, rng=random.Random(seed))
+    if beside is not None:
+        drafter.beside = FakeDrafter(beside, needs_hidden, tells_hidden, rng=random.Random(seed + 1))
     runtime = Runtime(engine, drafter, max_nodes, CallStats())
     expected: dict[int, list[int]] = {}
     generated: dict[int, list[int]] = {}
@@ -305,6 +316,9 @@ def test_output_is_plain_decodings_whatever_is_drafted(
     assert offered == expected  # the stop function was called once with each token, in order
     assert drafter.ended == {seq: prompted[seq] + tokens for seq, tokens in expected.items()}
     assert_empty(engine, drafter, runtime)
+    if drafter.beside is not None:
+        assert drafter.beside.ended == drafter.ended
+        assert_empty(engine, drafter.beside, runtime)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 20])

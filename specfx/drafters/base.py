@@ -33,6 +33,11 @@ class Drafter(Protocol):
         """Whether drafts are wanted although they don't seem to pay: it is still to be seen whether they ever come true."""
 
     @property
+    def beside(self) -> Drafter | None:
+        """A drafter whose drafts cost next to nothing and are verified in one tree with this one's, also while this one rests. It is told
+        by this one what comes, and asked by the runtime."""
+
+    @property
     def drafting(self) -> Any:
         """The part of this drafter that can be stitched into the target's graph (`specfx.drafters.mtp.Drafting`), or None."""
 
@@ -66,6 +71,7 @@ class NoDrafter:
     name = "none"
     needs_hidden = False
     on_trial = False
+    beside = None
     drafting = None
     refusals: Sequence[Refusal] = ()
 

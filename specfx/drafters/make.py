@@ -22,13 +22,20 @@ def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Dra
     if isinstance(own, MtpOptions):
         from specfx.drafters.mtp import load_drafter
 
-        return load_drafter(own, common.num_speculative_tokens, model)
+        head = load_drafter(own, common.num_speculative_tokens, model)
+        if not own.enable_suffix_decoding:
+            return head
+        from specfx.drafters.combined import CombinedDrafter
+        from specfx.drafters.suffix import SuffixDrafter
+
+        suffix = SuffixDrafter(SuffixOptions(), common.num_speculative_tokens, model.config.get_text_config().vocab_size)
+        return CombinedDrafter(head, suffix)
     return NoDrafter()
 
 
 def warm_up(name: str) -> None:
     """Compile or load the code of the drafter `name` now rather than in the middle of a generation."""
-    if name == SUFFIX:
+    if SUFFIX in name:
         from specfx.drafters.suffix import prepare
 
         prepare()

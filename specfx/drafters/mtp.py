@@ -110,6 +110,7 @@ class MtpDrafter:
 
     name = "mtp"
     needs_hidden = True
+    beside = None
 
     def __init__(self, head: MtpHead, shape: TreeShape, origin: str = "given", floor: float = 0.0) -> None:
         self.head, self.shape, self._origin, self._floor = head, shape, origin, floor

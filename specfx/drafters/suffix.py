@@ -78,6 +78,7 @@ class SuffixDrafter:
 
     name = "suffix"
     needs_hidden = False
+    beside = None
     on_trial = False
     drafting = None
 

@@ -83,11 +83,14 @@ class Budget:
         """Drafting for a step took `seconds` beside the forward."""
         self._apart = _VALUE_MEMORY * self._apart + (1 - _VALUE_MEMORY) * seconds if self._apart else seconds
 
-    def note_draft(self, tree: DraftTree, accepted: int) -> None:
+    def note_draft(self, tree: DraftTree, accepted: int, without: int | None = 0) -> None:
+        """Of a verified `tree` so many nodes were accepted. without: and so many without the draft that `wants` was asked about; None if
+        there was none."""
         expected = sum(tree.probs)
         self._expected = _MEMORY * self._expected + expected
         self._accepted = _MEMORY * self._accepted + accepted
-        self._hopeful = accepted > max(0.5, expected / 2)
+        if without is not None:
+            self._hopeful = accepted - without > max(0.5, expected / 2)
 
     @property
     def trust(self) -> float:
@@ -164,13 +167,21 @@ class Budget:
         self._rested, self._pause, self._probing = 0, min(2 * self._pause, longest), True
         return True
 
-    def share(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None = None) -> list[DraftTree]:
-        """Of each tree the part that is worth verifying. urgency: what a token of each sequence counts, 1 for None."""
-        nodes = self._ranked(trees, urgency)
-        taken = self._worth(trees, nodes, urgency) if self._forwards else 0
+    def share(
+        self, trees: Sequence[DraftTree], urgency: Sequence[float] | None = None, others: Sequence[DraftTree] | None = ()
+    ) -> list[DraftTree]:
+        """Of each tree the part that is worth verifying. urgency: what a token of each sequence counts, 1 for None. others: the trees that
+        there would be without the draft that `wants` was asked about; None if these are they, () if there would be none."""
+        nodes, taken = self._ranked(trees, urgency), 0
+        if self._forwards:
+            taken, saved = self._worth(trees, nodes, urgency)
+            if others is not None:
+                if any(map(len, others)):
+                    saved -= self._worth(others, self._ranked(others, urgency), urgency)[1]
+                self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
         if not nodes or self._forwards < _FEWEST:
             return list(trees)
-        if self._probing or (self._hopeful and not taken):
+        if others is not None and (self._probing or (self._hopeful and not taken)):
             self._probing = False
             return list(trees)
         if self._vague(len(nodes)):
@@ -189,8 +200,10 @@ class Budget:
             (-p * count, s, i) for s, (tree, count) in enumerate(zip(trees, counts, strict=True)) for i, p in enumerate(tree.probs)
         )
 
-    def _worth(self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None) -> int:
-        """How many of `nodes` give the most tokens per second; what that saves is noted."""
+    def _worth(
+        self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None
+    ) -> tuple[int, float]:
+        """How many of `nodes` give the most tokens per second, and the seconds that they save."""
         fixed, each, _ = self._fit()
         trust, plain = self.trust, max(fixed + each * len(trees), 1e-9)
         gain = alone = float(len(trees) if urgency is None else sum(urgency))
@@ -200,8 +213,7 @@ class Budget:
             rate = gain / (plain + each * count)
             if rate > best:
                 best, taken, saved = rate, count, (gain / alone - 1) * plain - each * count
-        self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
-        return taken
+        return taken, saved
 
 
 def urgency(remaining: Sequence[int], pace: Sequence[float]) -> list[float]:

@@ -31,7 +31,7 @@ from specfx.kernels.keyed_sample import Draw
 from specfx.runtime.budget import Budget, urgency
 from specfx.runtime.choice import Processor, Record, SequenceState, choose, next_tokens
 from specfx.runtime.stats import CallStats
-from specfx.runtime.tree import EMPTY_TREE, DraftTree
+from specfx.runtime.tree import EMPTY_TREE, DraftTree, merged
 
 PREFILL_CHUNK = 512
 """Rows of a prompt that one forward takes, if nothing else is asked for."""
@@ -99,6 +99,7 @@ class Runtime:
         self._reserved: dict[int, bool] = {}
         self._last: tuple[Sequence[int], RowsOutput, Tensor | None]
         self._drafted = True  # whether the last forward was asked for a draft
+        self._others: dict[int, DraftTree] | None = None  # what would be verified without the drafter's drafts; None where there are none
 
     def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0) -> int:
         """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done.
@@ -226,17 +227,23 @@ class Runtime:
         within = self.engine.drafts and self.drafter.needs_hidden and any(s.processor is None for s in active)
         wanted = self.budget is None or self.budget.wants(within) or self.drafter.on_trial
         drafted = self._drafted if within else wanted
-        trees = [EMPTY_TREE] * len(active)
+        chains = self.engine.verifies != "trees" or (within and not wanted)  # behind branches the engine would draft (`Rows.drafts`)
+        ids, most = [s.id for s in active], [min(self.max_nodes, s.remaining - 1) for s in active]
+        trees = others = [EMPTY_TREE] * len(active)
         with self.stats.timed("draft"):
+            if self.drafter.beside is not None:
+                trees = others = [tree.best_chain() if chains else tree for tree in self.drafter.beside.propose(ids, most)]
             if drafted:
                 started = time.perf_counter()
-                trees = self.drafter.propose([s.id for s in active], [min(self.max_nodes, s.remaining - 1) for s in active])
-                if self.engine.verifies != "trees" or (within and not wanted):  # behind branches the engine would draft (`Rows.drafts`)
+                trees = [merged(*drafts) for drafts in zip(self.drafter.propose(ids, most), others, most, strict=True)]
+                if chains:
                     trees = [tree.best_chain() for tree in trees]
                 if self.budget is not None:
                     self.budget.note_drafting(time.perf_counter() - started)
-                    trees = self.budget.share(trees, urgency([s.remaining for s in active], [s.pace for s in active]))
-        self._drafted = within and wanted
+            if self.budget is not None and (drafted or self.drafter.beside is not None):
+                counts = urgency([s.remaining for s in active], [s.pace for s in active])
+                trees = self.budget.share(trees, counts, others if drafted else None)
+        self._drafted, self._others = within and wanted, dict(zip(ids, others, strict=True)) if drafted else None
         return trees, self._drafted
 
     def _choose(self, sequences: list[SequenceState], outputs: list[RowsOutput], rows: list[int]) -> list[int]:
@@ -258,7 +265,8 @@ class Runtime:
             if len(tree):
                 self.stats.count_draft(max(tree.depths()), len(walk.rows) - 1, len(tree))
                 if self.budget is not None:
-                    self.budget.note_draft(tree, len(walk.rows) - 1)
+                    without = None if self._others is None else self._others[sequence.id].foretold(walk.tokens[:-1])
+                    self.budget.note_draft(tree, len(walk.rows) - 1, without)
             hidden = self._hidden_for(sequence, output)
             hidden = hidden[walk.rows] if hidden is not None else None
         return self._committed(sequence, walk.tokens, hidden, self._draft_of(sequence, output), walk.finished)

@@ -80,6 +80,12 @@ class DraftTree:
         """The first `n` nodes (a tree again, since parents come first)."""
         return self if n >= len(self) else DraftTree(self.tokens[:n], self.parents[:n], self.probs[:n])
 
+    def likeliest(self, n: int) -> DraftTree:
+        """The `n` most probable nodes, of equals the earlier ones (a tree again, since no node is more probable than its parent)."""
+        if n >= len(self):
+            return self
+        return self.part(sorted(sorted(range(len(self)), key=lambda i: (-self.probs[i], i))[:n]))
+
     def pruned(self, probability: float) -> DraftTree:
         """The nodes that are at least so probable (a tree again, since no node is more probable than its parent)."""
         return self.part([i for i, p in enumerate(self.probs) if p >= probability])
@@ -110,6 +116,14 @@ class DraftTree:
         """Of each row that has some: (row, token) -> the child's row."""
         return {(p + 1, t): i + 1 for i, (p, t) in enumerate(zip(self.parents, self.tokens, strict=True))}
 
+    def foretold(self, tokens: Sequence[int]) -> int:
+        """How many of `tokens` in a row are nodes of the tree, from the root."""
+        children, row = self.children(), 0
+        for count, token in enumerate(tokens):
+            if (row := children.get((row, token), -1)) < 0:
+                return count
+        return len(tokens)
+
     def walk(self, targets: Sequence[int]) -> list[int]:
         """Rows visited when the target chooses ``targets[row]`` after each row (``[n + 1]``).
 
@@ -123,6 +137,23 @@ class DraftTree:
 
 
 EMPTY_TREE = DraftTree()
+
+
+def merged(first: DraftTree, second: DraftTree, most: int) -> DraftTree:
+    """The paths of both trees, of which the `most` most probable nodes stay. A path of both is as probable as the surer tree finds it."""
+    if not len(first) or not len(second):
+        return (first if len(first) else second).likeliest(most)
+    tokens, parents, probs = list(first.tokens), list(first.parents), list(first.probs)
+    nodes = {(parent, token): i for i, (parent, token) in enumerate(zip(parents, tokens, strict=True))}
+    place = {-1: -1}
+    for i, (token, parent, prob) in enumerate(zip(second.tokens, second.parents, second.probs, strict=True)):
+        place[i] = at = nodes.setdefault((place[parent], token), len(tokens))
+        if at == len(tokens):
+            tokens.append(token)
+            parents.append(place[parent])
+            probs.append(prob)
+        probs[at] = max(probs[at], prob)
+    return DraftTree.unchecked(tuple(tokens), tuple(parents), tuple(probs)).likeliest(most)
 
 
 @dataclass(frozen=True)
