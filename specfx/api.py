@@ -128,7 +128,8 @@ def stats(model: PreTrainedModel) -> Stats:
 
 
 def drafter_of(model: PreTrainedModel) -> Drafter:
-    """The drafter that serves `model`: ``drafter_of(model).save(path)`` keeps what a `SuffixDrafter` has learned, say."""
+    """The drafter that serves `model`: ``drafter_of(model).save(path)`` keeps what a `SuffixDrafter` has learned, say
+    (``.beside.save`` of one beside a head)."""
     wrapper = _require_wrapper(model)
     wrapper.ready()
     assert wrapper.drafter is not None

@@ -164,11 +164,17 @@ def test_head_goes_to_mtp_alone_and_none_options_are_left_out() -> None:
 
 
 def test_a_method_may_bring_its_own_options() -> None:
-    stock, *arms = generate.parse_arms("mtp:topk=1,mtp:topk=4:draft_vocab=some/path,suffix:use_tree_spec=False", head="h")
+    stock, *arms = generate.parse_arms(
+        "mtp:topk=1,mtp:enable_suffix_decoding=true:draft_vocab=some/path,suffix:use_tree_spec=False", head="h"
+    )
     assert stock.is_stock
     assert [(a.name, a.method, a.options) for a in arms] == [
         ("mtp:topk=1", "mtp", {"head": "h", "topk": 1}),
-        ("mtp:topk=4:draft_vocab=some/path", "mtp", {"head": "h", "topk": 4, "draft_vocab": "some/path"}),
+        (
+            "mtp:enable_suffix_decoding=true:draft_vocab=some/path",
+            "mtp",
+            {"head": "h", "enable_suffix_decoding": True, "draft_vocab": "some/path"},
+        ),
         ("suffix:use_tree_spec=False", "suffix", {"use_tree_spec": False}),
     ]
     with pytest.raises(OptionError, match="'topk' is not an option"):

@@ -88,12 +88,12 @@ def parse_arms(methods: str, **options: Any) -> list[Arm]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """``"topk=1"`` as ``("topk", 1)``: a Python literal, or else a string."""
+    """``"topk=1"`` as ``("topk", 1)``: a Python literal (true and false in any spelling), or else a string."""
     name, equals, value = text.partition("=")
     if not equals:
         raise OptionError(f"methods: {text!r} is not an option; write NAME=VALUE behind the method, as in mtp:topk=1")
     try:
-        return name, ast.literal_eval(value)
+        return name, ast.literal_eval(value.capitalize() if value in ("true", "false") else value)
     except (ValueError, SyntaxError):
         return name, value
 
