@@ -131,7 +131,8 @@ def result_table(measurements: Sequence[Measurement]) -> str:
 def run(*, head: str | None, max_new_tokens: int, dtype: str, engine: str, threads: int | None, json: str | None) -> int:
     """The command. Returns 0."""
     head_path = head if head is not None else str(HEAD_FOLDER) if HEAD_FOLDER.is_dir() else None
-    arms = parse_arms(f"{NONE},suffix" + (",mtp" if head_path else ""), head=head_path, engine=engine)
+    with_head = ",mtp,mtp:enable_suffix_decoding=true" if head_path else ""
+    arms = parse_arms(f"{NONE},suffix{with_head}", head=head_path, engine=engine)
     with report.Progress("importing torch and transformers"):
         import torch
         import transformers
