@@ -249,11 +249,13 @@ def test_what_is_measured_with_is_valid(rows: int, sequences: int, width: int, p
 @pytest.mark.parametrize(
     ("capability", "shape", "rows", "at"),
     [
-        (80, LLAMA, 16, 0),
-        (80, Shape(4, 7, 64, 64, 16, 512, 30.0, True, torch.float16), 8, 1),
+        (80, LLAMA, 16, 1),
+        (80, Shape(4, 7, 64, 64, 16, 512, 30.0, True, torch.float16), 8, 2),
         (90, LLAMA, 16, 0),
-        (90, Shape(8, 4, 256, 256, 64, dtype=torch.bfloat16), 1, 0),
+        (90, LLAMA, 16, 2),
+        (90, Shape(8, 4, 256, 256, 64, dtype=torch.bfloat16), 1, 1),
         (90, Shape(8, 4, 80, 80, 64, 512, 30.0, True, torch.float32), 4, 0),
+        (90, Shape(8, 4, 80, 80, 64, 512, 30.0, True, torch.float32), 4, 1),
     ],
     ids=str,
 )

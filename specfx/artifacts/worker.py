@@ -69,22 +69,16 @@ def fill(order: bytes) -> dict[str, float]:
 
     Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
     """
-    lines = _child(order, "idle")
-    if lines is None:
-        lines = _child(order, "nice")
-    assert lines is not None
-    try:
-        outcome = json.loads(lines[-1])
-    except ValueError:
-        raise ArtifactError(f"the process that compiles ended without an answer: {lines[-1]}") from None
+    outcome = _child(order, "idle") or _child(order, "nice")
+    assert outcome is not None  # only an idle one is ended
     if "error" in outcome:
         raise ArtifactError(f"the process that compiles: {outcome['error']}")
     seconds: dict[str, float] = outcome["seconds"]
     return seconds
 
 
-def _child(order: bytes, priority: str) -> list[str] | None:
-    """What a child prints, or the last line of what it complains of; None if it was idle and got too little of a processor."""
+def _child(order: bytes, priority: str) -> dict[str, Any] | None:
+    """How a child says that it ended; None if it was idle and got too little of a processor. Raises `ArtifactError` if it says nothing."""
     paths = [os.getcwd() if path == "" else path for path in sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "SPECFX_PARENT": str(os.getpid()), "SPECFX_PRIORITY": priority}
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaints:
@@ -113,8 +107,13 @@ def _child(order: bytes, priority: str) -> list[str] | None:
                     return None
         told.seek(0)
         complaints.seek(0)
-        last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-        return told.read().decode(errors="replace").splitlines() or [f"{child.returncode}: {' '.join(last)}"]
+        lines = told.read().decode(errors="replace").splitlines()
+        try:
+            outcome: dict[str, Any] = json.loads(lines[-1])
+        except (IndexError, ValueError):
+            last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise ArtifactError(f"the process that compiles ended with {child.returncode}: {' '.join(last)}") from None
+    return outcome
 
 
 def _cpu_seconds(pid: int) -> float:

@@ -88,7 +88,7 @@ def parse_arms(methods: str, **options: Any) -> list[Arm]:
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    """``"topk=1"`` as ``("topk", 1)``: a Python literal (true and false in any spelling), or else a string."""
+    """``"topk=1"`` as ``("topk", 1)``: a Python literal (true and false in lower case too), or else a string."""
     name, equals, value = text.partition("=")
     if not equals:
         raise OptionError(f"methods: {text!r} is not an option; write NAME=VALUE behind the method, as in mtp:topk=1")

@@ -8,13 +8,11 @@ verified is the budget's to say. Suffix drafts cost next to nothing, so they are
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from specfx.drafters.mtp import MtpDrafter
 from specfx.drafters.suffix import SuffixDrafter
-from specfx.errors import Refusal
 from specfx.runtime.tree import DraftTree
 
 
@@ -26,18 +24,11 @@ class CombinedDrafter:
 
     def __init__(self, head: MtpDrafter, suffix: SuffixDrafter) -> None:
         self.head, self.beside = head, suffix
+        self.drafting, self.refusals = head.drafting, head.refusals
 
     @property
     def on_trial(self) -> bool:
         return self.head.on_trial
-
-    @property
-    def drafting(self) -> Any:
-        return self.head.drafting
-
-    @property
-    def refusals(self) -> Sequence[Refusal]:
-        return self.head.refusals
 
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         self.head.add(seq, prompt, ends)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from specfx.drafters.base import Drafter, NoDrafter
 from specfx.options import CommonOptions, MtpOptions, SuffixOptions
+
+if TYPE_CHECKING:
+    from specfx.drafters.suffix import SuffixDrafter
 
 SUFFIX = "suffix"
 
@@ -16,9 +19,7 @@ def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Dra
     """The drafter that the method's options `own` describe, for the target `model`. Raises `HeadError` for a head that doesn't fit,
     `SuffixCacheError` for a suffix cache that can't be loaded."""
     if isinstance(own, SuffixOptions):
-        from specfx.drafters.suffix import SuffixDrafter
-
-        return SuffixDrafter(own, common.num_speculative_tokens, model.config.get_text_config().vocab_size)
+        return _suffix_drafter(own, common, model)
     if isinstance(own, MtpOptions):
         from specfx.drafters.mtp import load_drafter
 
@@ -26,11 +27,15 @@ def make_drafter(own: Any, common: CommonOptions, model: PreTrainedModel) -> Dra
         if not own.enable_suffix_decoding:
             return head
         from specfx.drafters.combined import CombinedDrafter
-        from specfx.drafters.suffix import SuffixDrafter
 
-        suffix = SuffixDrafter(SuffixOptions(), common.num_speculative_tokens, model.config.get_text_config().vocab_size)
-        return CombinedDrafter(head, suffix)
+        return CombinedDrafter(head, _suffix_drafter(SuffixOptions(), common, model))
     return NoDrafter()
+
+
+def _suffix_drafter(own: SuffixOptions, common: CommonOptions, model: PreTrainedModel) -> SuffixDrafter:
+    from specfx.drafters.suffix import SuffixDrafter
+
+    return SuffixDrafter(own, common.num_speculative_tokens, model.config.get_text_config().vocab_size)
 
 
 def warm_up(name: str) -> None:
