@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from specfx.cache import cache_dir
 from specfx.capture import clone_sharing_storage
 from specfx.drafters.mtp import Drafting
 from specfx.drafters.mtp_head import MtpHead
-from specfx.errors import Reason
+from specfx.errors import ArtifactError, Reason
 from specfx.options import CommonOptions
 from specfx.runtime.tree import TreeShape
 
@@ -112,6 +113,12 @@ def known_to_inductor() -> None:
 
 
 @pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No child is ended for want of a processor, which other tests may need as well."""
+    monkeypatch.setattr(worker, "_PRIORITIES", ("nice", "nice"))
+
+
+@pytest.fixture
 def children(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[bytes]]:
     """The processes that are started."""
     started = []
@@ -132,7 +139,11 @@ def forbid_capture(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_stock_serves_until_the_compiled_engine_takes_over(
-    known_to_inductor: None, artifacts: Path, children: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+    known_to_inductor: None,
+    artifacts: Path,
+    unhurried: None,
+    children: list[subprocess.Popen[bytes]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     forbid_capture(monkeypatch)  # in this process
     model = specfx.speculate(tiny(), "suffix")
@@ -155,22 +166,23 @@ def test_stock_serves_until_the_compiled_engine_takes_over(
     assert seen <= {"stock", "compiled"}
     assert {"worker", "worker's capture", "worker's compile", "load", "first use"} <= set(report.seconds)
     assert sum(report.stock_calls.values()) >= 1
-    assert [child.returncode for child in children] == [0]  # waited for, no zombie
+    assert {child.returncode for child in children} == {0}  # waited for, no zombie
+    processes = len(children)
     again = specfx.speculate(tiny(), "suffix")  # warm: no process
     again.generate.ready().wait()
     assert_stocks_tokens(again)
     assert specfx.explain(again).engine == "compiled"
-    assert len(children) == 1
+    assert len(children) == processes
 
 
-def test_a_call_under_way_is_not_disturbed_by_the_switch(known_to_inductor: None, artifacts: Path) -> None:
+def test_a_call_under_way_is_not_disturbed_by_the_switch(known_to_inductor: None, artifacts: Path, unhurried: None) -> None:
     model = specfx.speculate(tiny(), "suffix")
     waited = []
 
     def wait(ids: torch.Tensor, scores: Any) -> torch.Tensor:
         if ids.shape[1] == PROMPT.shape[1] + 4 and not waited:  # in mid-generation
             waited.append(True)
-            model.generate.ready().wait()
+            until(lambda: model.generate.ready().compiling is None)
         return torch.zeros(1, dtype=torch.bool)
 
     assert torch.equal(model.generate(PROMPT, stopping_criteria=[wait], **ASKED), type(model).generate(model, PROMPT, **ASKED))
@@ -231,6 +243,26 @@ def test_an_idle_process_that_comes_to_little_is_followed_by_one_that_takes_its_
     assert worker.fill(b"") == {finished: 1}
 
 
+@pytest.mark.parametrize(("passes", "times"), [(True, 2), (False, 1)])
+def test_a_process_that_failed_by_what_may_pass_is_followed_by_another(
+    passes: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = f"""
+import os, sys
+from specfx.artifacts import worker
+def build(*told):
+    with open({str(tmp_path / "children")!r}, "a") as file:
+        print(os.environ["SPECFX_PRIORITY"], file=file)
+    raise {"ImportError" if passes else "ArithmeticError"}("told")
+worker._build = build
+worker.main()
+"""
+    monkeypatch.setattr(worker, "_COMMAND", ("-c", fails))
+    with pytest.raises(ArtifactError, match="told"):
+        worker.fill(pickle.dumps(((), b"")))
+    assert (tmp_path / "children").read_text().split() == ["idle", "nice"][:times]
+
+
 def test_where_no_process_can_be_started_this_one_does_it(artifacts: Path, monkeypatch: pytest.MonkeyPatch, instant_inductor: None) -> None:
     monkeypatch.setattr(sys, "executable", str(artifacts / "nothing"))
     model = specfx.speculate(tiny(), None)
@@ -264,7 +296,7 @@ def test_capture_failing_everywhere_leaves_the_eager_engine(artifacts: Path, mon
 
 
 def test_a_process_killed_while_it_compiles_leaves_nothing_broken(
-    artifacts: Path, children: list[subprocess.Popen[bytes]], instant_inductor: None
+    artifacts: Path, unhurried: None, children: list[subprocess.Popen[bytes]], instant_inductor: None
 ) -> None:
     model = specfx.speculate(tiny(), None)
     until(lambda: any(file.name.endswith(".graph") for file in store.stored()))  # it has captured, and compiles
@@ -286,7 +318,9 @@ def test_the_process_finishes_what_its_parent_does_not_live_to_see(end: str, kno
         import os, subprocess, time, torch
         torch.set_num_threads(1)
         import specfx
+        from specfx.artifacts import worker
         from tiny import tiny_model
+        worker._PRIORITIES = ("nice",)
         class Popen(subprocess.Popen):
             def __init__(self, command, **options):
                 super().__init__(command, **options)

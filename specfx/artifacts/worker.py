@@ -8,6 +8,7 @@ low priority, puts the artifacts on the shelf, and proves nothing: whoever takes
   takes no processor that anybody else wants: merely nice, it made single tokens of the parent wait for 0.1 to 0.3 s.
 * While a program generates without a pause on all processors, such a child comes to little. After `SECONDS_IDLE` it is ended then, and
   another begins that takes its share: whoever works that long without a pause gains more by the compiled engine than that costs.
+  Another begins too where the first one failed by what may pass, as an import that fails once in hundreds, or memory that is short.
 * A child whose parent is gone goes on for at most `SECONDS_ALONE`: what it finishes, the next process finds.
 * Two children that build the same wait for each other; the second finds the work done.
 * Models on a GPU are not built so: the child would need room there for another copy of the weights.
@@ -44,6 +45,8 @@ SECONDS_ALONE = 60.0
 SECONDS_IDLE = 20.0
 _STARVED = 0.3
 """Of a processor, on average: a child that got less comes to little."""
+_PRIORITIES = ("idle", "nice")
+"""Of one child after the other."""
 _NICE = {"idle": 10, "nice": 5}
 """Of a child, by what the environment's SPECFX_PRIORITY says."""
 _COMMAND = ("-P", "-m", "specfx.artifacts.worker")
@@ -69,7 +72,11 @@ def fill(order: bytes) -> dict[str, float]:
 
     Raises `ArtifactError` with what went wrong; where this process is ending, the child is left to itself.
     """
-    outcome = _child(order, "idle") or _child(order, "nice")
+    outcome = None
+    for priority in _PRIORITIES:
+        outcome = _child(order, priority)
+        if outcome is not None and not outcome.get("may pass"):
+            break
     assert outcome is not None  # only an idle one is ended
     if "error" in outcome:
         raise ArtifactError(f"the process that compiles: {outcome['error']}")
@@ -143,7 +150,8 @@ def main() -> None:
     except SpecfxError as e:
         outcome = {"error": str(e)}
     except Exception as e:  # told to the parent, which then does it itself
-        outcome = {"error": f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"}
+        may_pass = isinstance(e, (ImportError, OSError, MemoryError))
+        outcome = {"error": f"{type(e).__name__}: {' '.join(str(e).split())[:400]}", "may pass": may_pass}
     os.write(answer, json.dumps(outcome).encode() + b"\n")
 
 
