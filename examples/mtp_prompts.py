@@ -1,10 +1,13 @@
 # ruff: noqa: E501
 """The prompts on which a head for SmolLM2 is trained: ours, generated from lists, so that the recipe can be run again.
 
-python examples/mtp_prompts.py OUT.jsonl [--seed 0] [--count 6000] [--also FILE.jsonl ...]
+python examples/mtp_prompts.py OUT.jsonl [--seed 0] [--count 6000] [--also FILE.jsonl ...] [--articles DATA.jsonl --model MODEL]
 
 One JSON object a line, ``{"messages": [...], "category": ...}``: questions, writing, reasoning, arithmetic, code, translation, lists,
 role play, and tasks on a passage. The passages are ours too. `--also` adds the questions of other files (`question` or `prompt`).
+
+`--articles` makes other prompts instead: half of them have long texts to be summarised or searched for an answer, which are what MODEL
+itself wrote (a `--data` file of ``specfx train mtp``); half are short questions of fact, and German to be translated.
 """
 
 from __future__ import annotations
@@ -276,6 +279,105 @@ MAKERS: dict[str, tuple[Callable[[random.Random], str], int]] = {
 """How each category is made, and its share."""
 
 
+FACTS = {
+    "Who wrote {}?": "Hamlet|Pride and Prejudice|The Odyssey|Moby-Dick|War and Peace|Don Quixote|Frankenstein|Dracula|The Hobbit|Emma|Faust|1984|Dune|Ulysses",
+    "What is the capital of {}?": "Norway|Peru|Kenya|Thailand|Canada|Portugal|Vietnam|Chile|Egypt|Poland|Ghana|Nepal|Cuba|Iceland|Jordan|Mongolia|Morocco|Fiji",
+    "When was {} invented?": "the telephone|the steam engine|the bicycle|the microscope|the compass|paper|the piano|the light bulb|the zipper|the radio|the camera|the battery",
+    "Where does the name {} come from?": "Anna|Smith|Europe|Amazon|Wednesday|August|Alexander|Sahara|Texas|Baker|Venus|Oxford|Brazil|Margaret|tulip|coffee",
+    "How many {} are there?": "bones in the human body|countries in Africa|moons of Jupiter|keys on a piano|players in a rugby team|time zones|elements|states in Germany",
+    "Who discovered {}?": "penicillin|gravity|oxygen|radium|X-rays|the electron|Neptune|the structure of DNA|vaccination|the law of buoyancy|insulin|the neutron",
+    "What does {} stand for?": "NASA|HTML|UNESCO|DNA|RADAR|CEO|GPS|PDF|USB|NATO|ATM|LASER|RAM|FIFA|WiFi",
+    "When did {} begin?": "the First World War|the Renaissance|the Olympic Games|the space age|the Middle Ages|the Great Depression|the French Revolution|the Ice Age",
+    "Where is {} made?": "champagne|parmesan|silk|rubber|maple syrup|cork|tequila|porcelain|saffron|amber jewelry|paper money|olive oil",
+    "What is the main purpose of {}?": "a carburetor|the liver|the United Nations|a constitution|a firewall|the ozone layer|red blood cells|a central bank|a lighthouse",
+    "Who plays the lead in a film about {}?": "a shipwreck|a boxer|a wizard school|a lost dinosaur park|a jazz pianist|a spy|a talking toy|a chess champion",
+}
+GERMAN = {
+    "wer": "Der Minister|Die Firma|Ein Sprecher der Stadt|Die Feuerwehr|Der junge Trainer|Die Regierung|Mein Nachbar|Das Museum|Die Lehrerin|Der Verein|Die Bank|Ein Zeuge",
+    "hat": "hat|hatte|wird|will|konnte|muss|soll|möchte",
+    "wann": "am Dienstag|im vergangenen Jahr|seit der Krise|nach langer Diskussion|trotz des Regens|in diesem Sommer|kurz vor Mitternacht|wegen der hohen Kosten|heute",
+    "was": "den neuen Vertrag|das alte Rathaus|die Zahl der Besucher|ein zweites Büro|den Streit um die Straße|die Preise für Strom|das Ergebnis der Wahl|eine Brücke über den Fluss",
+    "wo": "in München|an der Grenze|im Norden des Landes|vor dem Bahnhof|in der Mittelschule|auf dem Markt|bei den Verhandlungen|im Parlament",
+}
+SINCE = """weil die Kosten gestiegen sind|obwohl viele dagegen waren|damit die Kinder sicher zur Schule kommen|was niemand erwartet hatte
+wie die Polizei am Abend mitteilte|nachdem der Regen aufgehört hatte""".replace("\n", "|").split("|")
+VERBS = {"hat": "vorgestellt|verkauft|erklärt|verloren|gefunden|gelobt", "wird": "vorstellen|verkaufen|erklären|verlieren|finden|loben"}
+
+
+def fact(pick: random.Random) -> str:
+    form = pick.choice(list(FACTS))
+    asked = form.format(pick.choice(FACTS[form].split("|")))
+    return pick.choice([asked, asked[0].lower() + asked[1:-1], asked])
+
+
+def german(pick: random.Random) -> str:
+    who, has, when, what, where = (pick.choice(words.split("|")) for words in GERMAN.values())
+    done = pick.choice(VERBS["hat" if has in ("hat", "hatte") else "wird"].split("|"))
+    sentence = pick.choice(
+        [f"{who} {has} {when} {what} {where} {done}", f"{when[0].upper()}{when[1:]} {has} {who[0].lower()}{who[1:]} {where} {what} {done}"]
+    )
+    if pick.random() < 0.4:
+        sentence += f" , {pick.choice(SINCE)}"
+    return f"Translate German to English: {sentence} ."
+
+
+def article(pick: random.Random, texts: list[str], longest: int) -> str:
+    """Some of what the model wrote, one text after the other, up to about `longest` characters."""
+    parts: list[str] = []
+    while sum(map(len, parts)) < longest * 0.7:
+        parts.append(pick.choice(texts))
+    return "\n\n".join(parts)[:longest]
+
+
+def summary(pick: random.Random, texts: list[str]) -> str:
+    text = article(pick, texts, pick.randrange(900, 3500))
+    return pick.choice(
+        [f"Summarize: {text}", f"Summarize the following article in three sentences.\n\n{text}", f"{text}\n\nGive a short summary of this."]
+    )
+
+
+def retrieval(pick: random.Random, texts: list[str]) -> str:
+    passages = [pick.choice(texts)[: pick.randrange(400, 900)] for _ in range(pick.randrange(2, 5))]
+    asked = pick.choice(
+        [
+            "What is the main point of the passages above?",
+            "Using the text above, what are the most important facts?",
+            f"Based on the passages, how does this relate to {pick.choice(TOPICS)}?",
+            f"According to the text, what happens when {pick.choice(TOPICS)} changes?",
+            "Which of these passages is the most useful, and why?",
+            "Who or what is described here? Answer with the passages above.",
+        ]
+    )
+    return "\n\n".join([*passages, asked])
+
+
+def make_on_articles(count: int, texts: list[str], seed: int = 0) -> list[dict[str, object]]:
+    """`count` different prompts, half of them on `texts`."""
+    pick = random.Random(seed)
+    makers = {
+        "summary": lambda: summary(pick, texts),
+        "retrieval": lambda: retrieval(pick, texts),
+        "fact": lambda: fact(pick),
+        "german": lambda: german(pick),
+    }
+    prompts = {}
+    while len(prompts) < count:
+        name = pick.choice(list(makers))
+        prompts[makers[name]()] = name
+    return [{"category": name, "messages": [{"role": "user", "content": text}]} for text, name in prompts.items()]
+
+
+def articles(data: Path, model: str) -> list[str]:
+    """The long answers of a data file, as text."""
+    from transformers import AutoTokenizer
+
+    from specfx.train.data import read_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    answers = (text.output for text in read_texts(data) if text.category in ("question", "writing", "lists") and len(text.output) > 120)
+    return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+
 def make(count: int, seed: int = 0) -> list[dict[str, object]]:
     """`count` different prompts."""
     pick = random.Random(seed)
@@ -297,8 +399,13 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--count", type=int, default=6000)
     arguments.add_argument("--also", type=Path, nargs="*", default=[])
+    arguments.add_argument("--articles", type=Path)
+    arguments.add_argument("--model")
     options = arguments.parse_args()
-    prompts = make(options.count, options.seed)
+    if options.articles:
+        prompts = make_on_articles(options.count, articles(options.articles, options.model), options.seed)
+    else:
+        prompts = make(options.count, options.seed)
     for file in options.also:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)

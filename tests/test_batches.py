@@ -153,7 +153,8 @@ def test_64_rows_of_unequal_prompts_whose_pages_go_as_they_end(method: str | Non
     assert len(ends) > 5
     with watched(model) as seen:
         assert torch.equal(model.generate(**call, max_new_tokens=24, eos_token_id=eos, pad_token_id=PAD), expected)
-    steps = [(len(batch), pages) for batch, pages in seen[64:]]
+    steps = [(len(batch), pages) for batch, pages in seen if not batch[0].last_only]
+    assert len(seen) - len(steps) < 8, "prompts are run together"
     assert steps[0][0] > steps[-1][0]
     for (rows, pages), (fewer, left) in itertools.pairwise(steps):
         assert (fewer < rows) == (left < pages), "a sequence that ends frees its pages before the next forward"
@@ -175,7 +176,7 @@ def test_a_long_prompt_is_run_in_pieces_and_tells_how_far_it_is(engine: str, wra
     told.clear()
     call = padded(long, short, long[:290] + short)
     assert torch.equal(model.generate(**call, max_new_tokens=6, pad_token_id=PAD), stock(model, **call, max_new_tokens=6))
-    assert told == [(300, 630), (320, 630), (610, 630), (630, 630)]
+    assert told == [(320, 630), (610, 630), (630, 630)]  # what the third has in common with the first is not run
 
 
 def test_a_callback_that_raises_in_a_long_prompt(wrap: Wrap) -> None:

@@ -17,7 +17,7 @@ from specfx.drafters.base import NoDrafter
 from specfx.engines.base import Rows, RowsOutput
 from specfx.errors import KVPoolError
 from specfx.runtime import session
-from specfx.runtime.session import Committed, Processor, Runtime
+from specfx.runtime.session import Arrival, Committed, Processor, Runtime
 from specfx.runtime.stats import STAGES, CallStats
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
@@ -290,15 +290,18 @@ def test_output_is_plain_decodings_whatever_is_drafted(
     offered: dict[int, list[int]] = {}
     prompted: dict[int, list[int]] = {}
     for step in range(100):
-        for prompt, n, ends, at in asked:
-            if at == step:
-                told: list[int] = []
-                first = runtime.add(prompt, n, lambda token, told=told, ends=ends: told.append(token) or token in ends, ends=ends)
-                assert drafter.ends[first.seq] == ends
-                prompted[first.seq] = prompt
-                expected[first.seq] = plain(prompt, n, ends)
-                generated[first.seq], offered[first.seq] = list(first.tokens), told
-                assert first.finished == (len(expected[first.seq]) == 1)
+        coming = [(prompt, n, ends, []) for prompt, n, ends, at in asked if at == step]
+        arrivals = [
+            Arrival(prompt, n, lambda token, told=told, ends=ends: told.append(token) or token in ends, ends=ends)
+            for prompt, n, ends, told in coming
+        ]
+        firsts = runtime.admit(arrivals)
+        for first, (prompt, n, ends, told) in zip(firsts, coming, strict=True):
+            assert drafter.ends[first.seq] == ends
+            prompted[first.seq] = prompt
+            expected[first.seq] = plain(prompt, n, ends)
+            generated[first.seq], offered[first.seq] = list(first.tokens), told
+            assert first.finished == (len(expected[first.seq]) == 1)
         active = set(runtime.sequences)
         results = runtime.step()
         assert {r.seq for r in results} == active
@@ -534,6 +537,47 @@ def test_a_failed_add_leaves_the_other_sequences_running(where: str, verb: str) 
         runtime.add([4, 4], 20, never)
     engine.raises, drafter.raises = {}, {}
     assert set(engine.kept) == set(drafter.known) == set(runtime.sequences) == {first.seq}
+    assert finish(runtime, first)[first.seq] == plain([1, 2], 20)
+
+
+@PROPERTY
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    chunk=st.integers(1, 12),
+    needs_hidden=st.booleans(),
+)
+def test_prompts_share_forwards_of_as_many_rows_as_one_may_take(lengths: list[int], chunk: int, needs_hidden: bool) -> None:
+    engine, drafter, stats, told = FakeEngine(), FakeDrafter(half_right, needs_hidden), CallStats(), []
+    runtime = Runtime(engine, drafter, 5, stats, progress=told.append, chunk=chunk)
+    prompts = [[i % VOCAB] * n for i, n in enumerate(lengths)]
+    firsts = runtime.admit([Arrival(prompt, 9, never) for prompt in prompts])
+    forwards: list[list[int]] = []
+    room = 0  # of the last forward, beside whole prompts
+    for n in lengths:
+        if n <= room:
+            forwards[-1].append(n)
+        else:
+            forwards += [[min(chunk, n - start)] for start in range(0, n, chunk)]
+        room = chunk - sum(forwards[-1]) if n <= chunk else 0
+    assert [[rows.count for rows in batch] for batch in engine.batches] == forwards
+    assert all(rows.last_only for batch in engine.batches for rows in batch)
+    assert told == [sum(rows) for rows in forwards]
+    assert (stats.prefills, stats.prompt_tokens) == (len(lengths), sum(lengths))
+    assert list(finish(runtime, *firsts).values()) == [plain(prompt, 9) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("where", "verb"), [("engine", "add"), ("engine", "commit"), ("drafter", "add"), ("drafter", "accept")])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_of_sequences_that_come_together_all_are_admitted_or_none(where: str, verb: str, after: int) -> None:
+    engine, drafter = FakeEngine(), FakeDrafter(bushy)
+    runtime = Runtime(engine, drafter, 5, CallStats())
+    first = runtime.add([1, 2], 20, never)
+    (engine if where == "engine" else drafter).raises = {verb: after}
+    with pytest.raises(ZeroDivisionError):
+        runtime.admit([Arrival([i], 20, never) for i in range(3)])
+    engine.raises, drafter.raises = {}, {}
+    assert set(engine.kept) == set(drafter.known) == set(runtime.sequences) == {first.seq}
+    assert runtime.admit([]) == []
     assert finish(runtime, first)[first.seq] == plain([1, 2], 20)
 
 

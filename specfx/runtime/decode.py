@@ -35,7 +35,7 @@ from specfx.runtime.choice import AsDrawn, Record
 from specfx.runtime.held import Held, Keeper
 from specfx.runtime.page_cache import PageCache
 from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row, standard_warp
-from specfx.runtime.session import Committed, Runtime
+from specfx.runtime.session import Arrival, Committed, Runtime
 from specfx.runtime.stats import CallStats
 
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
@@ -145,12 +145,11 @@ def speculative_decode(
     generated: dict[int, list[int]] = {}
     try:
         seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], None if pages is None else pages.held)
-        for i, (row, prompt, seq, record) in enumerate(zip(rows, prompts, seqs, records, strict=True)):
-            stop = Stop(row, stopping_criteria, input_ids.device, record)
-            first = runtime.add(
+        arrivals = [
+            Arrival(
                 prompt,
                 limit - len(row),
-                stop,
+                stop := Stop(row, stopping_criteria, input_ids.device, record),
                 None if warp is not None else of_row(logits_processor, i),
                 seen=row,
                 seq=seq,
@@ -161,6 +160,9 @@ def speculative_decode(
                 keep=recorded or pages is not None,
                 record=record,
             )
+            for i, (row, prompt, seq, record) in enumerate(zip(rows, prompts, seqs, records, strict=True))
+        ]
+        for first in runtime.admit(arrivals):
             generated[first.seq] = list(first.tokens)
             _stream(streamer, first)
         while runtime.sequences:

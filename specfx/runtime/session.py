@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, merged
 
 PREFILL_CHUNK = 512
-"""Rows of a prompt that one forward takes, if nothing else is asked for."""
+"""Rows of prompts that one forward takes, if nothing else is asked for. Short prompts share it, and with it the reading of the weights."""
 
 _ids = itertools.count()
 
@@ -46,6 +47,45 @@ class Committed:
     seq: int
     tokens: list[int]
     finished: bool
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A sequence that is to be added.
+
+    stop: called once with each new token, in order; True ends the sequence there. seen: None stands for the prompt. seq: an id from
+    `Runtime.reserve`, else one is reserved. ends: tokens after which `stop` is True, for the drafter. record: where logits and scores are
+    put. For the others see `SequenceState`.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    stop: Callable[[int], bool]
+    processor: Processor | None = None
+    seen: Sequence[int] | None = None
+    seq: int | None = None
+    device: torch.device | None = None
+    ends: Sequence[int] = ()
+    draw: Draw | None = None
+    pointwise: bool = False
+    keep: bool = False
+    record: Record | None = None
+
+    def state(self, seq: int) -> SequenceState:
+        """The sequence `seq` that it becomes."""
+        return SequenceState(
+            seq,
+            list(self.prompt),
+            list(self.prompt if self.seen is None else self.seen),
+            self.max_new_tokens,
+            self.stop,
+            self.processor,
+            self.device,
+            self.draw,
+            self.pointwise,
+            self.keep,
+            self.record,
+        )
 
 
 @dataclass
@@ -76,7 +116,7 @@ class Runtime:
     """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine.
 
     make_room: frees memory of the engine that no sequence needs; False if there is none. progress: told of each piece of a prompt,
-    in tokens. chunk: rows of a prompt that one forward takes. budget: decides how much of a draft is verified; None: all.
+    in tokens. chunk: rows of prompts that one forward takes. budget: decides how much of a draft is verified; None: all.
     kept: state; sequences that have ended and whose keys and values stay, with their tokens, until somebody takes them or `close`.
     """
 
@@ -97,7 +137,7 @@ class Runtime:
         self.sequences: dict[int, SequenceState] = {}
         self.kept: dict[int, list[int]] = {}
         self._reserved: dict[int, bool] = {}
-        self._last: tuple[Sequence[int], RowsOutput, Tensor | None]
+        self._last: tuple[list[int], RowsOutput, Tensor | None]  # of the prompt that was prefilled last
         self._drafted = True  # whether the last forward was asked for a draft
         self._others: dict[int, DraftTree] | None = None  # what would be verified without the drafter's drafts; None where there are none
 
@@ -122,70 +162,84 @@ class Runtime:
                     raise
         return seq
 
-    def add(
-        self,
-        prompt: Sequence[int],
-        max_new_tokens: int,
-        stop: Callable[[int], bool],
-        processor: Processor | None = None,
-        seen: Sequence[int] | None = None,
-        seq: int | None = None,
-        device: torch.device | None = None,
-        ends: Sequence[int] = (),
-        draw: Draw | None = None,
-        pointwise: bool = False,
-        keep: bool = False,
-        record: Record | None = None,
-    ) -> Committed:
-        """Prefill a new sequence and commit its first token.
+    def add(self, *arguments: Any, **options: Any) -> Committed:
+        """`admit` of one sequence; arguments, options: of its `Arrival`."""
+        return self.admit([Arrival(*arguments, **options)])[0]
 
-        stop: called once with each new token, in order; True ends the sequence there. seq: an id from `reserve`, else one is
-        reserved now. device: where the processor is shown the tokens. ends: tokens after which `stop` is True, for the drafter. draw,
-        pointwise, keep: see `SequenceState`. record: where logits and scores are put.
-        Raises `KVPoolError` before anything is done, and leaves nothing behind whatever it raises.
+    def admit(self, arrivals: Sequence[Arrival]) -> list[Committed]:
+        """Prefill new sequences, in order, and commit the first token of each.
+
+        Raises `KVPoolError` before anything is done, and leaves nothing of them behind whatever it raises.
         """
-        seq = self.reserve(len(prompt), max_new_tokens) if seq is None else seq
-        shown = list(prompt if seen is None else seen)
-        sequence = SequenceState(
-            seq, list(prompt), shown, max_new_tokens, stop, processor, device, draw, pointwise=pointwise, keep=keep, record=record
-        )
+        coming: dict[int, Arrival] = {}
         try:
-            self.drafter.add(seq, prompt, ends)
-            self.sequences[seq] = sequence
-            with self.stats.timed("prefill"):
-                known = self.engine.inherit(seq) if self._reserved.pop(seq) else 0
-                output, hidden = self._prefill(sequence, prompt, known)
-                self._last = prompt, replace(output, logits=output.logits[-1:].clone()), None if hidden is None else hidden[-1:]
-            (token,) = self._choose([sequence], [output], [-1])
-            self.stats.prefills += 1
-            self.stats.prompt_tokens += len(prompt) - known
-            self.stats.reused_tokens += known
-            return self._committed(sequence, [token], hidden, self._draft_of(sequence, output), self._append(sequence, token))
+            for arrival in arrivals:
+                seq = self.reserve(len(arrival.prompt), arrival.max_new_tokens) if arrival.seq is None else arrival.seq
+                coming[seq] = arrival
+            return [committed for group in self._groups(coming) for committed in self._start(group)]
         except BaseException:
-            self.remove(seq)
+            for seq in [*coming, *(arrival.seq for arrival in arrivals if arrival.seq is not None)]:
+                self.remove(seq)
             raise
 
-    def _prefill(self, sequence: SequenceState, prompt: Sequence[int], known: int = 0) -> tuple[RowsOutput, Tensor | None]:
-        """Run the prompt from token `known` on; one that is wholly known is that of the sequence added before."""
-        hidden: list[Tensor] = []
+    def _groups(self, coming: dict[int, Arrival]) -> Iterator[dict[int, Arrival]]:
+        """What is prefilled together: prompts that one forward takes, none of which begins with another sequence's tokens."""
+        group: dict[int, Arrival] = {}
+        for seq, arrival in coming.items():
+            rows = sum(len(a.prompt) for a in group.values()) + len(arrival.prompt)
+            if group and (rows > self.chunk or self._reserved[seq] or self._reserved[next(iter(group))]):
+                yield group
+                group = {}
+            group[seq] = arrival
+        if group:
+            yield group
+
+    def _start(self, arrivals: dict[int, Arrival]) -> list[Committed]:
+        group = []
+        for seq, arrival in arrivals.items():
+            self.drafter.add(seq, arrival.prompt, arrival.ends)
+            self.sequences[seq] = arrival.state(seq)
+            group.append(self.sequences[seq])
+        with self.stats.timed("prefill"):
+            known = sum(self.engine.inherit(s.id) for s in group if self._reserved.pop(s.id))
+            outputs, hidden = self._prefill(group, known)
+            output, states = outputs[-1], hidden[-1]
+            output = replace(output, logits=output.logits[-1:].clone())
+            self._last = list(group[-1].tokens), output, None if states is None else states[-1:]
+        self.stats.prefills += len(group)
+        self.stats.prompt_tokens += sum(len(s.tokens) for s in group) - known
+        self.stats.reused_tokens += known
+        tokens = self._choose(group, outputs, [-1] * len(group))
+        return [
+            self._committed(sequence, [token], states, self._draft_of(sequence, output), self._append(sequence, token))
+            for sequence, token, output, states in zip(group, tokens, outputs, hidden, strict=True)
+        ]
+
+    def _prefill(self, group: list[SequenceState], known: int) -> tuple[list[RowsOutput], list[Tensor | None]]:
+        """Run prompts that one forward takes, or one of any length from token `known` on; the last outputs, and all hidden states."""
         if known:
             self.progress(known)
-        if known == len(prompt):
+        if known == len(group[0].tokens):  # it is that of the sequence added before
             before, output, last = self._last
-            assert before == prompt
-            if sequence.engine_draw is not None:  # with noise of its own
-                output = replace(output, choice=next_tokens([sequence], [output.logits[-1]]))
-            return output, last
-        for start in range(known, len(prompt), self.chunk):
-            chunk, end = prompt[start : start + self.chunk], start + self.chunk
-            following = prompt[end] if end < len(prompt) else None
-            how = sequence.engine_draw if following is None else None
-            output = self.engine.forward([Rows(sequence.id, chunk, last_only=True, following=following, draw=how)])[0]
-            self.engine.commit(sequence.id, range(len(chunk)))
-            if (part := self._hidden_for(sequence, output)) is not None:
-                hidden.append(part.clone())  # the next forward may overwrite it
-            self.progress(len(chunk))
-        return output, torch.cat(hidden) if hidden else None
+            assert before == group[0].tokens
+            if group[0].engine_draw is not None:  # with noise of its own
+                output = replace(output, choice=next_tokens(group, [output.logits[-1]]))
+            return [output], [last]
+        hidden: dict[int, list[Tensor]] = {s.id: [] for s in group}
+        for start in range(known, max(len(s.tokens) for s in group), self.chunk):
+            end = start + self.chunk
+            batch = []
+            for sequence in group:
+                following = sequence.tokens[end] if end < len(sequence.tokens) else None
+                draw = sequence.engine_draw if following is None else None
+                batch.append(Rows(sequence.id, sequence.tokens[start:end], last_only=True, following=following, draw=draw))
+            outputs = self.engine.forward(batch)
+            for sequence, rows, output in zip(group, batch, outputs, strict=True):
+                self.engine.commit(sequence.id, range(rows.count))
+                if (part := self._hidden_for(sequence, output)) is not None:
+                    hidden[sequence.id].append(part.clone())  # the next forward may overwrite it
+            self.progress(sum(rows.count for rows in batch))
+        return outputs, [torch.cat(parts) if parts else None for parts in hidden.values()]
 
     def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
         """The draft that the engine made: it hangs on the engine's choice."""
