@@ -194,6 +194,7 @@ def _add_train_mtp(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of target and head (default: %(default)s)")
     command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    command.add_argument("--start", metavar="HEAD", help="train this head of the model further (default: a new one)")
 
 
 def _add_model(command: argparse.ArgumentParser, methods: str = "none,suffix") -> None:

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from counting import counting_model, counting_texts, write
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from specfx import cli, models
 from specfx.bench.prompts import Prompt
-from specfx.drafters.mtp_head import load_head
+from specfx.drafters.mtp_head import MtpHead, load_head, save_head
 from specfx.errors import HeadError
 from specfx.train import data, loop, mtp, plot
 
@@ -94,6 +94,12 @@ def test_the_command_leaves_a_head_its_record_and_a_picture(
     assert load_head(out, target).dtype == torch.float32
     assert cli.main(arguments) == 2  # nothing overwrites a finished head
     assert "finished head" in capsys.readouterr().err
+    further = command(tmp_path, "--epochs", "0.2", "--draft-vocab", "0", "--start", str(out), "--out", str(tmp_path / "further"))
+    assert cli.main(further) == 0
+    again = json.loads((tmp_path / "further" / "training.json").read_text())
+    assert again["evaluation"]["before"] == record["evaluation"]["after"]
+    assert again["target"]["start"] == str(out)
+    assert not torch.equal(load_head(tmp_path / "further", target).eh_proj.weight, load_head(out, target).eh_proj.weight)
 
 
 @pytest.mark.usefixtures("target", "instant_inductor")
@@ -145,6 +151,24 @@ def test_data_of_another_model_or_with_nothing_to_hold_out_is_refused(tmp_path: 
 def test_a_model_that_cannot_have_a_head_is_refused() -> None:
     with pytest.raises(HeadError, match="GPT2"):
         mtp.new_head(tiny_model("gpt2"))
+
+
+def test_only_a_head_like_its_own_is_trained_further(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(HeadError, match="nothing"):
+        mtp.trained_head(model, str(tmp_path / "nothing"))
+    head = MtpHead.from_target(model)
+    save_head(head, tmp_path / "one")
+    assert len(mtp.trained_head(model, str(tmp_path / "one")).chain) == 1
+    head.further.append(MtpHead.from_target(model))
+    save_head(head, tmp_path / "two")
+    with pytest.raises(HeadError, match="2 layers"):
+        mtp.trained_head(model, str(tmp_path / "two"))
+    (tmp_path / "family").mkdir()
+    (tmp_path / "family" / "config.json").write_text('{"model_type": "deepseek_v3", "num_hidden_layers": 1, "num_nextn_predict_layers": 1}')
+    save_file({"model.layers.1.shared_head.norm.weight": torch.ones(8)}, tmp_path / "family" / "model.safetensors")
+    with pytest.raises(HeadError, match="family DeepSeek"):
+        mtp.trained_head(model, str(tmp_path / "family"))
 
 
 def test_thinned_curves_keep_their_means_and_their_end() -> None:

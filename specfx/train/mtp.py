@@ -5,6 +5,7 @@ The recipe is FastMTP's (2025: self-distillation of one layer that is used recur
 1. **Answers.** The target answers prompts greedily (`specfx.train.data`): what it writes is what the head will have to draft.
 2. **Look-up.** One forward of the target over each text keeps its hidden states and most probable tokens (`specfx.train.lookup`).
 3. **Start.** The head's layer is a copy of the target's last; least squares set `eh_proj` so that it gets nearly the input it knows.
+   Or it is a trained head, which more or other data are to make better (`--start`).
 4. **Training.** K tokens are drafted from every position, each step fed with the one before (`specfx.train.loss`, `.loop`).
 5. **Evaluation.** Acceptance by depth on texts from prompts that were left out (`specfx.train.evaluate`).
 
@@ -23,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specfx.errors import OptionError
+from specfx.errors import HeadError, OptionError
 from specfx.train import plot
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def run(
     max_new_tokens: int,
     max_prompt_tokens: int,
     resume: bool,
+    start: str | None = None,
 ) -> int:
     """The command. Whatever is wrong with its arguments is an `OptionError`, `HeadError` or `ModelFileError` before any work."""
     import torch
@@ -84,7 +86,7 @@ def run(
     questions = read_prompts(prompts, tokenizer, max_prompt_tokens=max_prompt_tokens) if prompts is not None else []
     questions = [q for q in questions if not runs or not shares_a_run(tokenizer.decode(q.tokens), runs)]
     target = models.load(model, getattr(torch, dtype))[0].to(place).requires_grad_(False)
-    head = new_head(target)
+    head = new_head(target) if start is None else trained_head(target, start)
     if questions:
         written = write_answers(target, questions, data, max_new_tokens)
         print(f"{written} new answer tokens in {data}", flush=True)
@@ -97,13 +99,14 @@ def run(
     for name, side in (("to train on", texts), ("to hold out", held_out)):
         if not side:
             raise OptionError(f"data={data!r}: of its texts none is left {name}; give some 100 prompts or more")
-    train_head(Job(model, target, head, folder, recipe, tuple(texts), tuple(held_out), draft_vocab, resume))
+    train_head(Job(model, target, head, folder, recipe, tuple(texts), tuple(held_out), draft_vocab, resume, start))
     return 0
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a training run needs. name: what the target is called in the records; head: fresh, on the target's device."""
+    """All that a training run needs. name: what the target is called in the records; head: on the target's device, fresh or, if `start`
+    says what it is called, trained."""
 
     name: str
     target: Any
@@ -114,6 +117,7 @@ class Job:
     held_out: Sequence[Text]
     draft_vocab: int
     resume: bool = False
+    start: str | None = None
 
 
 def train_head(job: Job) -> dict[str, Any]:
@@ -123,13 +127,14 @@ def train_head(job: Job) -> dict[str, Any]:
 
     target, recipe, folder = job.target, job.recipe, job.folder
     about = {"model": job.name, "dtype": str(target.dtype).removeprefix("torch."), "texts": len(job.texts), "data": _digest(job.texts)}
+    about |= {} if job.start is None else {"start": job.start}
     checkpoint = read_checkpoint(folder, recipe, about) if job.resume else None
     lookups: list[Lookup] = []
     try:
         for name, texts in (("train", job.texts), ("held out", job.held_out)):
             where = folder if name == "train" else None
             lookups.append(Lookup(texts, job.head.hidden_size, target.dtype, where))
-            projection = Projection(job.head, target.get_input_embeddings()) if name == "train" else None
+            projection = Projection(job.head, target.get_input_embeddings()) if name == "train" and job.start is None else None
             _fill(lookups[-1], target, recipe.batch_tokens, projection, name)
             if projection is not None:
                 projection.fit()
@@ -165,6 +170,22 @@ def new_head(target: Any) -> MtpHead:
     from specfx.drafters.mtp_head import MtpHead
 
     head = MtpHead.from_target(target)
+    head.try_out(target)
+    return head
+
+
+def trained_head(target: Any, start: str) -> MtpHead:
+    """The head `start` of `target`, to be trained further. Raises `HeadError`, also for heads of several layers or of another family than
+    what this command makes."""
+    from specfx.drafters.mtp_families import PLAIN, find_head
+    from specfx.drafters.mtp_head import load_head
+
+    found = find_head(target, start)
+    if found.family is not PLAIN:
+        raise HeadError(f"start={start!r}: a head of the family {found.family.name}; only heads of `specfx train mtp` are trained further")
+    head = load_head(start, target)
+    if len(head.chain) > 1:
+        raise HeadError(f"start={start!r}: a head of {len(head.chain)} layers; only one layer is trained")
     head.try_out(target)
     return head
 
