@@ -206,10 +206,10 @@ class Runtime:
             output, states = outputs[-1], hidden[-1]
             output = replace(output, logits=output.logits[-1:].clone())
             self._last = list(group[-1].tokens), output, None if states is None else states[-1:]
+        tokens = self._choose(group, outputs, [-1] * len(group))
         self.stats.prefills += len(group)
         self.stats.prompt_tokens += sum(len(s.tokens) for s in group) - known
         self.stats.reused_tokens += known
-        tokens = self._choose(group, outputs, [-1] * len(group))
         return [
             self._committed(sequence, [token], states, self._draft_of(sequence, output), self._append(sequence, token))
             for sequence, token, output, states in zip(group, tokens, outputs, hidden, strict=True)
