@@ -166,13 +166,12 @@ def test_stock_serves_until_the_compiled_engine_takes_over(
     assert seen <= {"stock", "compiled"}
     assert {"worker", "worker's capture", "worker's compile", "load", "first use"} <= set(report.seconds)
     assert sum(report.stock_calls.values()) >= 1
-    assert {child.returncode for child in children} == {0}  # waited for, no zombie
-    processes = len(children)
+    assert [child.returncode for child in children] == [0]  # waited for, no zombie
     again = specfx.speculate(tiny(), "suffix")  # warm: no process
     again.generate.ready().wait()
     assert_stocks_tokens(again)
     assert specfx.explain(again).engine == "compiled"
-    assert len(children) == processes
+    assert len(children) == 1
 
 
 def test_a_call_under_way_is_not_disturbed_by_the_switch(known_to_inductor: None, artifacts: Path, unhurried: None) -> None:
