@@ -26,7 +26,7 @@ _SOURCES = (_SOURCE, *sorted(_SOURCE.parent.glob("*.h")))
 
 @dataclass(frozen=True)
 class CpuKernels:
-    """What was loaded. packs: whether `specfx::packed_linear` has a kernel here (AMX)."""
+    """What was loaded. packs: whether `specfx::packed_linear` has a kernel here (AMX or AVX-512 BF16)."""
 
     path: Path
     packs: bool

@@ -1,7 +1,7 @@
-"""`specfx::packed_linear`: a linear layer over a weight packed once for the CPU's bf16 tile unit (AMX).
+"""`specfx::packed_linear`: a linear layer over a weight packed once for the CPU's bfloat16 instructions (AMX tiles, AVX-512 vectors).
 
-A CPU step is bound by reading the weights. Packed in the order in which tiles are loaded, they stream at memory speed, and the rows
-of a draft tree (up to 32) share each load: 16 rows cost little more than one. The packed weight is an ordinary tensor and an
+A CPU step is bound by reading the weights. Packed in the order in which they are loaded, they stream at memory speed, and the rows
+of a draft tree share each load: 16 rows cost little more than one on tiles, 6 on vectors. The packed weight is an ordinary tensor and an
 ordinary graph input, so compiled artifacts do not hold it.
 
 Layout (K the input width, a multiple of 32; N the output width, padded with zeros to a multiple of 32):

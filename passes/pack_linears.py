@@ -1,4 +1,4 @@
-"""Linear layers read weights that were packed once for the CPU's tile unit; layers that share an input become one.
+"""Linear layers read weights that were packed once for the CPU's bfloat16 instructions; layers that share an input become one.
 
 `aten.linear` over a bf16 weight becomes `specfx::packed_linear`; query, key and value (or gate and up) projections of one input are
 packed behind each other and computed in one call, their outputs taken apart as views; weights that are used several times (by the steps
@@ -59,9 +59,9 @@ def _packable(node: fx.Node, module: fx.GraphModule) -> bool:
 def run(module: fx.GraphModule, context: PassContext) -> int:
     ids = placeholder(module, "input_ids")
     if ids is not None and (device := ids.meta["val"].device.type) != "cpu":
-        raise NoMatch(f"weights are packed for the CPU's tile unit; on {device} they are read as they lie")
+        raise NoMatch(f"weights are packed for the CPU's bfloat16 instructions; on {device} they are read as they lie")
     if not context.pack:
-        raise PassError("no kernel for packed linears here (needs a CPU with AMX bf16 and a C++ compiler)")
+        raise PassError("no kernel for packed linears here (needs a CPU with AMX or AVX-512 BF16 and a C++ compiler)")
     groups: dict[tuple[fx.Node, bool], list[fx.Node]] = defaultdict(list)
     for node in calls(module, aten.linear.default):
         if _packable(node, module):

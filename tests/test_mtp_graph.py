@@ -220,7 +220,7 @@ def test_a_graph_that_lacks_what_the_head_needs_is_refused(left_out: str, reason
 
 def test_weights_that_several_steps_use_are_packed_once(kernels: cpu_build.CpuKernels) -> None:
     if not kernels.packs:
-        pytest.skip("this CPU has no AMX")
+        pytest.skip("this CPU has no kernel for packed linears")
     model = tiny_model("llama", initializer_range=0.2).bfloat16()
     part = stitching.capture_drafting(Drafting(MtpHead.from_target(model), TreeShape(2, 2, 6)), 16)
     result = run_passes(capture(model), (*REWRITE, *DRAFTING, pack_linears), PassContext(16, pack=True, drafting=part))

@@ -623,7 +623,7 @@ def trace_and_pack() -> fx.GraphModule:
 
 
 def test_without_the_kernel_nothing_is_packed() -> None:
-    reason = "no kernel for packed linears here (needs a CPU with AMX bf16 and a C++ compiler)"
+    reason = "no kernel for packed linears here (needs a CPU with AMX or AVX-512 BF16 and a C++ compiler)"
     assert refused(pack_linears, trace(Linears()), CONTEXT) == reason
 
 

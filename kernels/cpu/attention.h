@@ -1,6 +1,7 @@
 // Tree attention over paged KV: a work item is (sequence, KV head, 16 queries), where the queries are all rows of the tree times the
 // heads of the group. One vector holds the same thing for 16 queries: nothing is summed across a vector, and keys need no
-// transposition. In bfloat16 the two products run on AMX tiles (probabilities are rounded to bfloat16, as flash attention does).
+// transposition. In bfloat16 the two products run on AMX tiles or AVX-512 BF16 vectors (probabilities are rounded to bfloat16, as flash
+// attention does).
 #pragma once
 
 #include "common.h"
@@ -24,8 +25,11 @@ class Attention {
         heads(q.size(1)), dk(q.size(2)), dv(v_pages.size(3)), page(k_pages.size(1)), groups(k_pages.size(2)), share(heads / groups),
         slot_k(groups * dk), slot_v(groups * dv), window(window), scale(scale), softcap(softcap), sinks(sinks),
         skip(skip) {
+#ifdef SPECFX_DOT
+    dots = std::is_same_v<T, at::BFloat16> && dk % 2 == 0 && dv % 16 == 0;
+#endif
 #ifdef SPECFX_AMX
-    tiles = std::is_same_v<T, at::BFloat16> && dk % 32 == 0 && dv % 16 == 0 && page % 16 == 0 && has_tiles();
+    tiles = dots && dk % 32 == 0 && page % 16 == 0 && has_tiles();
 #endif
   }
 
@@ -48,6 +52,14 @@ class Attention {
       softmax();
       values_on_tiles();
       _tile_release();
+      return;
+    }
+#endif
+#ifdef SPECFX_DOT
+    if (dots) {
+      scores_on_dots();
+      softmax();
+      values_on_dots();
       return;
     }
 #endif
@@ -76,14 +88,42 @@ class Attention {
       standing[i] = length + b.depth(row0 + row_of[i], row_of[i], rows);
     }
     lines.resize((keys - from + 32) * kLanes);
+    find_slots();
+    if (item.group == 0 && item.first == 0) {
+      to_fetch = item.sequence + 1 < b.sequences ? b.lengths[item.sequence + 1] : 0;
+      fetched = window > 0 ? std::max<int64_t>(0, to_fetch - window) : 0;
+    }
   }
 
-  int64_t slot(int64_t position) const { return static_cast<int64_t>(table[position / page]) * page + position % page; }
-  const T* key(int64_t position) const { return K + slot(position) * slot_k + item.group * dk; }
-  const T* value(int64_t position) const { return V + slot(position) * slot_v + item.group * dv; }
+  // Where the tokens from `from` on lie in the pools.
+  void find_slots() {
+    slots.resize(keys - from);
+    for (int64_t j = from; j < keys;) {
+      const int64_t within = j % page, n = std::min(page - within, keys - j), first = table[j / page] * page + within;
+      for (int64_t i = 0; i < n; ++i) slots[j - from + i] = first + i;
+      j += n;
+    }
+  }
+
+  const T* key(int64_t position) const { return K + slots[position - from] * slot_k + item.group * dk; }
+  const T* value(int64_t position) const { return V + slots[position - from] * slot_v + item.group * dv; }
   const T* query(int64_t lane) const { return Q + ((row0 + row_of[lane]) * heads + head_of[lane]) * dk; }
   T* result(int64_t lane) const { return O + ((row0 + row_of[lane]) * heads + head_of[lane]) * dv; }
   float* line(int64_t position) { return &lines[(position - from) * kLanes]; }  // 16 queries' scores of one key
+
+  // While `passed` keys of this sequence are computed, a like part of the next sequence's comes from memory into the second cache.
+  void fetch(int64_t passed) {
+    const int32_t* pages = b.table + (item.sequence + 1) * b.pages_a_sequence;
+    for (const int64_t end = std::min(fetched + passed / groups + 1, to_fetch); fetched < end; ++fetched) {
+      const int64_t slot = static_cast<int64_t>(pages[fetched / page]) * page + fetched % page;
+      fetch_line_by_line(K + slot * slot_k, slot_k);
+      fetch_line_by_line(V + slot * slot_v, slot_v);
+    }
+  }
+
+  static void fetch_line_by_line(const T* x, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(T)) __builtin_prefetch(x + i, 0, 2);
+  }
 
   void scores_on_vectors() {
     wide.resize(dk * kLanes);
@@ -92,6 +132,7 @@ class Attention {
       for (int64_t d = 0; d < dk; ++d) wide[d * kLanes + i] = to_float(query(i)[d]);
     for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
       const int64_t n = std::min(kBlock, keys - j0);
+      fetch(kBlock);
       for (int64_t j = 0; j < n; ++j) {
         const T* src = key(j0 + j);
         for (int64_t d = 0; d < dk; ++d) block[j * dk + d] = to_float(src[d]);
@@ -133,12 +174,13 @@ class Attention {
       const Vec x = load(line(j));
       top = x > top ? x : top;
     }
-    total = Vec{};
+    Vec sum = Vec{};
     for (int64_t j = from; j < keys; ++j) {
       const Vec p = exp_nonpositive(load(line(j)) - top);
       store(line(j), p);
-      total += p;
+      sum += p;
     }
+    total = sum;
     if (sinks)
       for (int64_t i = 0; i < kLanes; ++i) total[i] += std::exp(sinks[head_of[i]] - top[i]);
   }
@@ -163,22 +205,102 @@ class Attention {
         for (int64_t t = 0; t < width; ++t) store(&wide[(d + t) * kLanes], sum[t]);
       }
     }
+    normalize();
+  }
+
+  // `wide`, the sums of the weighted values, are those of weights that sum to `total`.
+  void normalize() {
     for (int64_t i = 0; i < count; ++i) {
       const float inverse = 1.f / total[i];
       for (int64_t d = 0; d < dv; ++d) result(i)[d] = static_cast<T>(wide[d * kLanes + i] * inverse);
     }
   }
 
+#ifdef SPECFX_DOT
+  // Pairs of numbers of each query, transposed: 16 queries' first pair, their second, ...
+  void gather_pairs() {
+    pairs.resize(dk / 2 * kLanes);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const char* src = reinterpret_cast<const char*>(query(i));
+      for (int64_t d = 0; d < dk / 2; ++d) std::memcpy(&pairs[d * kLanes + i], src + d * 4, 4);
+    }
+  }
+
+  static __m512i widen(const T* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+  static __m512i joined(__m512i even, __m512i odd) { return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)); }
+
+  static __m512i narrow_pair(Vec even, Vec odd) {  // 16 queries: (even, odd) as two bfloat16 in one 32-bit number
+    return joined(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even)),
+                  _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd)));
+  }
+
+  // 16 columns from `d` on of the values of keys j and j + 1, paired; a key that is not there has zeros.
+  __m512i value_pair(int64_t j, int64_t d) const {
+    const __m512i zero = _mm512_setzero_si512();
+    return joined(j < keys ? widen(value(j) + d) : zero, j + 1 < keys ? widen(value(j + 1) + d) : zero);
+  }
+
+  static __m512 add_products(__m512 sum, uint32_t both, __m512i lanes) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(both)), (__m512bh)lanes);
+  }
+
+  void scores_on_dots() {
+    gather_pairs();
+    for (int64_t j = from; j < keys; j += kTile) {
+      fetch(kTile);
+      __m512 sum[kTile];
+      const uint32_t* src[kTile];
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kTile; ++t) {
+        sum[t] = _mm512_setzero_ps();
+        src[t] = reinterpret_cast<const uint32_t*>(key(std::min(j + t, keys - 1)));
+      }
+      for (int64_t d = 0; d < dk / 2; ++d) {
+        const __m512i lanes = _mm512_loadu_si512(&pairs[d * kLanes]);
+#pragma GCC unroll 8
+        for (int64_t t = 0; t < kTile; ++t) sum[t] = add_products(sum[t], src[t][d], lanes);
+      }
+#pragma GCC unroll 8
+      for (int64_t t = 0; t < kTile; ++t) store(line(j + t), (Vec)sum[t]);  // there is room behind the last key
+    }
+  }
+
+  void values_on_dots() {
+    wide.assign(dv * kLanes, 0.f);
+    pairs.resize(kBlock / 2 * (dv + kLanes));
+    uint32_t *weights = pairs.data(), *columns = weights + kBlock / 2 * kLanes;  // of a block of keys, in pairs
+    store(line(keys), Vec{});
+    for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
+      const int64_t n = (std::min(kBlock, keys - j0) + 1) / 2;
+      for (int64_t p = 0; p < n; ++p) {
+        const int64_t j = j0 + 2 * p;
+        _mm512_storeu_si512(weights + p * kLanes, narrow_pair(load(line(j)), load(line(j + 1))));
+        for (int64_t d = 0; d < dv; d += 16) _mm512_storeu_si512(columns + p * dv + d, value_pair(j, d));
+      }
+      for (int64_t d = 0; d < dv; d += 16) {
+        __m512 sum[16];
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < 16; ++t) sum[t] = _mm512_loadu_ps(&wide[(d + t) * kLanes]);
+        for (int64_t p = 0; p < n; ++p) {
+          const __m512i lanes = _mm512_loadu_si512(weights + p * kLanes);
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < 16; ++t) sum[t] = add_products(sum[t], columns[p * dv + d + t], lanes);
+        }
+#pragma GCC unroll 16
+        for (int64_t t = 0; t < 16; ++t) _mm512_storeu_ps(&wide[(d + t) * kLanes], sum[t]);
+      }
+    }
+    normalize();
+  }
+#endif
+
 #ifdef SPECFX_AMX
   // Tile 0: 16 keys x 16 queries of sums; 1: 16 keys x 32 of their width; 2: as much of the queries, pairs of numbers transposed.
   void scores_on_tiles() {
-    pairs.resize(std::max<int64_t>(dk / 2, dv) * kLanes);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const uint32_t* src = reinterpret_cast<const uint32_t*>(query(i));
-      for (int64_t d = 0; d < dk / 2; ++d) pairs[d * kLanes + i] = src[d];
-    }
+    gather_pairs();
     for (int64_t j = from; j < keys; j += 16) {  // a page is a multiple of 16 tokens: these 16 lie behind each other
       const T* src = key(j);
+      fetch(16);
       _tile_zero(0);
       for (int64_t d = 0; d < dk; d += 32) {
         _tile_loadd(1, src + d, slot_k * 2);
@@ -187,12 +309,6 @@ class Attention {
       }
       _tile_stored(0, line(j), 64);
     }
-  }
-
-  static __m512i narrow_pair(Vec even, Vec odd) {  // 16 queries: (even, odd) as two bfloat16 in one 32-bit number
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)even));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
   }
 
   // Tiles 0..3: 16 queries x 64 columns of sums; 4: weights of 32 keys; 5: their values, pairs of keys transposed.
@@ -212,12 +328,7 @@ class Attention {
           _mm512_i32scatter_epi32(weights + p, row, narrow_pair(load(line(j + 2 * p)), load(line(j + 2 * p + 1))), 4);
         _tile_loadd(4, weights, 64);
         for (int64_t d = 0; d < width; d += 16) {
-          for (int64_t p = 0; p < 16; ++p) {
-            __m512i even = _mm512_setzero_si512(), odd = even;
-            if (j + 2 * p < keys) even = widen(value(j + 2 * p) + d0 + d);
-            if (j + 2 * p + 1 < keys) odd = widen(value(j + 2 * p + 1) + d0 + d);
-            _mm512_store_si512(columns + p * 16, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-          }
+          for (int64_t p = 0; p < 16; ++p) _mm512_store_si512(columns + p * 16, value_pair(j + 2 * p, d0 + d));
           _tile_loadd(5, columns, 64);
           switch (d / 16) {
             case 0: _tile_dpbf16ps(0, 4, 5); break;
@@ -237,8 +348,6 @@ class Attention {
       }
     }
   }
-
-  static __m512i widen(const T* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
 #endif
 
   const Batch& b;
@@ -248,7 +357,7 @@ class Attention {
   const float scale, softcap;
   const float* sinks;
   const int64_t skip;
-  bool tiles = false;
+  bool dots = false, tiles = false;  // which instructions the products run on
   // of the present item
   Item item;
   int64_t row0, rows, length, count, keys, from;
@@ -257,6 +366,9 @@ class Attention {
   int64_t row_of[kLanes], head_of[kLanes], standing[kLanes];
   Vec total;
   std::vector<float> lines, wide, block;
+  std::vector<int64_t> slots;
+  // of the next sequence: tokens before `to_fetch`, of which those before `fetched` have been asked for
+  int64_t fetched = 0, to_fetch = 0;
   std::vector<uint32_t> pairs;
 };
 

@@ -1,4 +1,4 @@
-// What the CPU kernels share: the batch of ragged rows, vectors of 16 floats, and whether this build has AMX.
+// What the CPU kernels share: the batch of ragged rows, vectors of 16 floats, and what bfloat16 instructions this build has.
 #pragma once
 
 #include <ATen/Dispatch.h>
@@ -13,9 +13,12 @@
 #include <optional>
 #include <vector>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define SPECFX_AMX 1
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define SPECFX_DOT 1
 #include <immintrin.h>
+#endif
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(SPECFX_DOT)
+#define SPECFX_AMX 1
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif

@@ -7,10 +7,10 @@
 #include "keyed_sample.h"
 #include "packed_linear.h"
 
-// 1: packed_linear runs here; 0: this build or this kernel has no AMX.
+// 1: packed_linear runs here; 0: this CPU has no instructions for products of bfloat16.
 extern "C" int specfx_has_packed_linear() {
-#ifdef SPECFX_AMX
-  return specfx::has_tiles();
+#ifdef SPECFX_DOT
+  return 1;
 #else
   return 0;
 #endif
@@ -22,7 +22,7 @@ TORCH_LIBRARY_IMPL(specfx, CPU, m) {
   m.impl("tree_parents", &specfx::tree_parents);
   m.impl("greedy_walk", &specfx::greedy_walk);
   m.impl("keyed_sample", &specfx::keyed_sample);
-#ifdef SPECFX_AMX
+#ifdef SPECFX_DOT
   m.impl("packed_linear", &specfx::packed_linear);
 #endif
 }

@@ -1,9 +1,9 @@
-// A linear layer over a weight packed for AMX bf16 tiles: one pass over the weight serves all rows of a draft tree.
+// A linear layer over a packed bfloat16 weight, on AMX tiles or AVX-512 vectors: one pass over the weight serves all rows of a draft tree.
 #pragma once
 
 #include "common.h"
 
-#ifdef SPECFX_AMX
+#ifdef SPECFX_DOT
 namespace specfx {
 
 // y [m, n] = x [m, k] @ weight (packed as kernels/packed_linear.py says: blocks of 32 columns, in them blocks of 32 rows) + bias [n].
@@ -13,6 +13,79 @@ struct PackedLinear {
   uint16_t* y;
   int64_t m, n, k, row_blocks;
 
+  const uint16_t* block_of(int64_t block) const { return weight + block * row_blocks * 1024; }
+
+  // Add the bias, round, and store the columns of `block` that exist. sums: [rows, 32].
+  void finish(int64_t block, int64_t row, int64_t rows, const float* sums) const {
+    const int64_t columns = std::min<int64_t>(32, n - block * 32);
+    const __mmask32 store = columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
+    alignas(64) float offset[32] = {};
+    if (bias) std::copy_n(bias + block * 32, columns, offset);
+    const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
+    for (int64_t i = 0; i < rows; ++i) {
+      const __m512 s0 = _mm512_add_ps(_mm512_load_ps(sums + i * 32), o0), s1 = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), o1);
+      _mm512_mask_storeu_epi16(y + (row + i) * n + block * 32, store, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
+    }
+  }
+};
+
+// On vectors (AVX-512 BF16): a vector holds one pair of inputs' weights for 16 columns, and serves a group of rows from the registers.
+struct OnVectors : PackedLinear {
+  static constexpr int64_t kRows = 12;  // of a group: 24 vectors of sums
+  static constexpr int64_t kLines = 32;  // cache lines of weights in a block of 32 rows
+
+  // Column blocks `begin` to `end`. While one is computed the next comes into the second cache, a part with each group of rows: what
+  // limits few rows is reading the weights, many rows arithmetic, and so neither waits for the other.
+  void run(int64_t begin, int64_t end) const {
+    const int64_t groups = (m + kRows - 1) / kRows, lines = (kLines + groups - 1) / groups;
+    for (int64_t block = begin; block < end; ++block)
+      for (int64_t g = 0; g < groups; ++g) {
+        const int64_t row = m * g / groups, rows = m * (g + 1) / groups - row, fetched = std::clamp<int64_t>(kLines - g * lines, 0, lines);
+        const char* next = reinterpret_cast<const char*>(block_of(block + 1)) + g * lines * row_blocks * 64;
+        of_height<kRows>(block, row, rows, next, fetched);
+      }
+  }
+
+  template <int64_t height>
+  void of_height(int64_t block, int64_t row, int64_t rows, const char* next, int64_t lines) const {
+    if constexpr (height > 1)
+      if (rows < height) return of_height<height - 1>(block, row, rows, next, lines);
+    group<height>(block, row, next, lines);
+  }
+
+  // next, lines: where what is to be fetched begins, and how much of it for each block of rows.
+  template <int64_t rows>
+  void group(int64_t block, int64_t row, const char* next, int64_t lines) const {
+    const uint16_t *w = block_of(block), *a = x + row * k;
+    __m512 left[rows], right[rows];
+    for (int64_t r = 0; r < rows; ++r) left[r] = right[r] = _mm512_setzero_ps();
+    for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
+      for (int64_t l = 0; l < lines; ++l, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+#pragma GCC unroll 4
+      for (int64_t pair = 0; pair < 16; ++pair) {
+        const __m512bh l = (__m512bh)_mm512_loadu_si512(w + pair * 32), h = (__m512bh)_mm512_loadu_si512(w + 512 + pair * 32);
+#pragma GCC unroll 12
+        for (int64_t r = 0; r < rows; ++r) {
+          int32_t both;
+          std::memcpy(&both, a + r * k + pair * 2, sizeof both);
+          const __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+          left[r] = _mm512_dpbf16_ps(left[r], l, inputs);
+          right[r] = _mm512_dpbf16_ps(right[r], h, inputs);
+        }
+      }
+    }
+    alignas(64) float sums[rows * 32];
+    for (int64_t r = 0; r < rows; ++r) {
+      _mm512_store_ps(sums + r * 32, left[r]);
+      _mm512_store_ps(sums + r * 32 + 16, right[r]);
+    }
+    finish(block, row, rows, sums);
+  }
+};
+
+#ifdef SPECFX_AMX
+// On tiles (AMX): each load of the weight serves 16 rows.
+struct OnTiles : PackedLinear {
   // Column blocks `begin` to `end`. Up to 16 rows, two blocks at a time: each load of the inputs serves four tiles of the weight.
   void run(int64_t begin, int64_t end) const {
     if (m <= 16) {
@@ -30,8 +103,6 @@ struct PackedLinear {
     }
     _tile_release();
   }
-
-  const uint16_t* block_of(int64_t block) const { return weight + block * row_blocks * 1024; }
 
   static void prefetch(const uint16_t* w) {  // the tiles that come four steps later
     for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w + 4096) + line * 64, _MM_HINT_T0);
@@ -100,20 +171,8 @@ struct PackedLinear {
     }
     finish(block, row, rows, sums);
   }
-
-  // Add the bias, round, and store the columns of `block` that exist. sums: [rows, 32].
-  void finish(int64_t block, int64_t row, int64_t rows, const float* sums) const {
-    const int64_t columns = std::min<int64_t>(32, n - block * 32);
-    const __mmask32 store = columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
-    alignas(64) float offset[32] = {};
-    if (bias) std::copy_n(bias + block * 32, columns, offset);
-    const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m512 s0 = _mm512_add_ps(_mm512_load_ps(sums + i * 32), o0), s1 = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), o1);
-      _mm512_mask_storeu_epi16(y + (row + i) * n + block * 32, store, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
-    }
-  }
 };
+#endif
 
 inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::optional<Tensor>& bias, int64_t n) {
   const Tensor x = x_.contiguous();
@@ -131,7 +190,12 @@ inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::o
   const PackedLinear linear{static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<const uint16_t*>(packed.const_data_ptr()),
                             wide ? wide->const_data_ptr<float>() : nullptr, static_cast<uint16_t*>(out.mutable_data_ptr()), m, n, k, row_blocks};
   if (m == 0) return out;
-  at::parallel_for(0, column_blocks, 1, [&](int64_t begin, int64_t end) { linear.run(begin, end); });
+  at::parallel_for(0, column_blocks, 1, [&](int64_t begin, int64_t end) {
+#ifdef SPECFX_AMX
+    if (has_tiles()) return OnTiles{linear}.run(begin, end);
+#endif
+    OnVectors{linear}.run(begin, end);
+  });
   return out;
 }
 
