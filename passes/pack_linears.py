@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from specfx.errors import PassError
+from specfx.kernels import huge_pages
 from specfx.kernels.packed_linear import can_pack, pack, packed_linear
 from specfx.passes.framework import NoMatch, Pass, PassContext, attribute, calls, insert_call, place_of, placeholder
 
@@ -36,7 +37,7 @@ def packed(weights: tuple[Tensor, ...]) -> Tensor:
     key = tuple(map(place_of, weights))
     present, shared = _fused(weights), _alive.get(key)
     if shared is None:
-        _alive[key] = shared = present
+        _alive[key] = shared = huge_pages.empty(present.numel(), present.dtype).view(present.shape).copy_(present)
     elif not torch.equal(shared, present):  # the weights were changed in place, and nobody has packed them since
         shared.copy_(present)
     return shared

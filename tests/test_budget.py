@@ -172,7 +172,7 @@ def test_on_a_busy_machine_nothing_is_left_out_for_noise() -> None:
         noisy = Budget()
         for _ in range(40):
             noisy.note_forward(rng.randint(1, 6), 10 + rng.expovariate(0.2))
-        assert noisy._fit()[1] < 1
+        assert noisy._costs.fit().each < 1
         kept = noisy.share(trees)[0]
         assert len(kept) >= 2
 
@@ -180,7 +180,7 @@ def test_on_a_busy_machine_nothing_is_left_out_for_noise() -> None:
 def test_a_forward_that_something_else_has_held_up_counts_little() -> None:
     held_up = told(10, 1)
     held_up.note_forward(3, 1e6)
-    assert held_up._cost(8, False) < 30
+    assert held_up._costs.of(8, False) < 30
 
 
 def costing(monkeypatch: pytest.MonkeyPatch, engine: Any, fixed: float, each: float) -> None:

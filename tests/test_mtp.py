@@ -361,8 +361,9 @@ def test_wrong_hidden_states_are_refused(target, path, hidden):
         drafter.accept(0, [4, 5], hidden)
 
 
-def test_a_head_that_is_never_right_is_reported(target, path):
-    """It is on trial until something is right, or it is clear that nothing will be."""
+@pytest.mark.parametrize(("first", "judged", "right"), [(None, 16, 0), (20, 16, 0), (3, 26, 1)])
+def test_a_head_that_is_never_right_is_reported(target, path, first, judged, right):
+    """It is on trial until something is right, or it is clear that nothing will be. first: the one draft that is right."""
     drafter = drafter_for(target, path, num_steps=1)
     drafter.add(0, [1])
     drafter.accept(0, [2], torch.zeros(1, 32))
@@ -373,16 +374,29 @@ def test_a_head_that_is_never_right_is_reported(target, path):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for i in range(47):
-            step(right=i == 20)  # a single right one is as good as none
+        for i in range(judged - 1):
+            step(right=i == first)
             assert drafter.on_trial
-    with pytest.warns(UserWarning, match="of the last 48 drafts .* 1 began with a right token.*another model.*mixed up"):
+    with pytest.warns(UserWarning, match=f"of the last {judged} drafts .* {right} began with a right token.*another model.*mixed up"):
         step(right=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         for _ in range(64):
             step(right=False)
         assert not drafter.on_trial
+
+
+def test_a_head_that_was_right_is_reported_only_after_many_wrong_drafts(target, path):
+    drafter, tree = drafter_for(target, path), DraftTree((5,), (-1,), (0.5,))
+    drafter.add(0, [1, 2])
+    drafter.accept(0, [3], None, tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for token in [5, 5, *[9] * 46]:
+            drafter.accept(0, [token], None, tree)
+    assert not drafter.on_trial
+    with pytest.warns(UserWarning, match="of the last 48 drafts .* 1 began"):
+        drafter.accept(0, [9], None, tree)
 
 
 @pytest.mark.parametrize("token", [5, 7])
@@ -401,11 +415,11 @@ def test_a_draft_from_the_graph_is_handed_on_and_judged(target, path):
     drafter.accept(0, [3], None, tree)
     assert drafter.propose([0], [8]) == [tree]
     assert drafter.propose([0], [2])[0] == tree.truncated(2)
-    for _ in range(24):
+    for _ in range(8):
         drafter.accept(0, [9], None, tree)
         drafter.accept(0, [9], None, EMPTY_TREE)  # no draft was asked for
         assert drafter.propose([0], [8]) == [EMPTY_TREE]
-    for _ in range(23):
+    for _ in range(7):
         drafter.accept(0, [9], None, tree)
     assert drafter.on_trial
     with pytest.warns(UserWarning, match="drafting stops"):

@@ -30,7 +30,7 @@ class Drafter(Protocol):
 
     @property
     def on_trial(self) -> bool:
-        """Whether drafts are wanted although they don't seem to pay: it is still to be seen whether they ever come true."""
+        """Whether drafts of greedy text are wanted although they don't seem to pay: it is still to be seen whether they ever come true."""
 
     @property
     def beside(self) -> Drafter | None:

@@ -33,9 +33,10 @@ from specfx.errors import Reason, Refusal
 from specfx.options import MtpOptions
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, TreeShape
 
-_JUDGED = 48
-_TOO_FEW = 2
-"""With fewer drafts than this right at the first token among the last `_JUDGED`, there is a warning: no head of this model is so bad."""
+_RECENT = 48
+_TOO_FEW = {16: 0, 26: 1, _RECENT: 1}
+"""With no more than so many right at the first token, of the first 16 or 26 drafts or of the last 48, there is a warning: a head of this
+model that is right three times in ten fails in four cases of a thousand at first, and practically never later."""
 
 
 @dataclass
@@ -127,13 +128,13 @@ class MtpDrafter:
             )
             self.refusals.append(Refusal("mtp drafting", Reason.HEAD_UNFED, detail))
         self._sequences: dict[int, _Sequence] = {}
-        self._right: deque[bool] = deque(maxlen=_JUDGED)
+        self._right: deque[bool] = deque(maxlen=_RECENT)
         self._warned = False
 
     @property
     def on_trial(self) -> bool:
         """Almost none of its drafts was right yet, and they are too few to tell."""
-        return len(self._right) < _JUDGED and sum(self._right) < _TOO_FEW
+        return not self._warned and len(self._right) < _RECENT and sum(self._right) <= max(_TOO_FEW.values())
 
     def add(self, seq: int, prompt: Sequence[int], ends: Sequence[int] = ()) -> None:
         if seq in self._sequences:
@@ -256,10 +257,11 @@ class MtpDrafter:
             return
         self._right.append(token in state.drafted)
         state.drafted = None
-        if not self._warned and len(self._right) == _JUDGED and sum(self._right) < _TOO_FEW:
+        count = len(self._right)
+        if not self._warned and sum(self._right) <= _TOO_FEW.get(count, -1):
             self._warned = True
             warnings.warn(
-                f"of the last {_JUDGED} drafts of the head {self._origin}, {sum(self._right)} began with a right token, so drafting "
+                f"of the last {count} drafts of the head {self._origin}, {sum(self._right)} began with a right token, so drafting "
                 "stops, but for a probe now and then. Likely causes: the head was trained for another model or another revision of "
                 "it; its weights were mixed up or never trained; the text is of a kind that it has never seen. Try another head=, or "
                 "`specfx train mtp`",

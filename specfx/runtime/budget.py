@@ -1,9 +1,7 @@
 """How much of what was drafted is worth verifying, and whether the next draft is worth making: one budget for all sequences of a step.
 
-A forward of n rows takes ``fixed + each * n`` seconds, and ``drafting`` more if the next draft is part of it; fitted to the forwards that
-were run. A row is taken to cost what it surely costs (two standard errors less than the best guess), so that on a busy machine nothing is
-left out for noise. A node brings a token with the probability that its path is accepted: the drafter's estimate, times how much of the
-drafter's estimates has come true lately.
+What a row and a draft cost is told from the forwards that were run (`specfx.runtime.costs`). A node brings a token with the probability
+that its path is accepted: the drafter's estimate, times how much of the drafter's estimates has come true lately.
 
 1. **Verify**: of all nodes of all sequences the most probable are verified, as many as give the most tokens per second. So where rows cost,
    unlikely nodes are left out, wherever they hang. A batch is done when its last sequence is: tokens of the sequences that are behind
@@ -11,15 +9,15 @@ drafter's estimates has come true lately.
 2. **Draft**: a draft is made as long as the seconds that drafts have saved lately exceed those that one takes. Else decoding is plain, but
    for a probe now and then that is verified whole: soon, then ever more rarely. One that comes true is followed by another at once.
 
-Forwards that are all alike don't tell what a row costs, or a draft: then some are run without, to see.
+Forwards that are all alike don't tell what a row costs, or a draft: then, and where it is doubtful whether a draft pays, some are run
+without, to see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from specfx.runtime.costs import Costs
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
 _MEMORY = 0.98
@@ -36,12 +34,10 @@ _VAGUE = 0.15
 """Of the time of a forward: with more doubt about what all its drafted rows cost, a forward without them is run to see."""
 _LOOK = 8
 """One step in so many may be such a forward, where more than twice as many rows are at stake."""
-_LEAST_SEEN = 3.0
-"""Forwards with and without a draft, by their weight; with less, what a draft costs can't be told."""
-_SUPPOSED = 0.2
-"""Of the time of a forward: what a draft is taken to cost until that could be told once."""
+_SEE = 16
+"""One step in so many makes no draft where it is doubtful whether drafts pay."""
 _CHEAP = 0.04
-"""Of the time of a forward: drafts that cost less are always made (or the first tokens of each copied passage would be missed)."""
+"""Of the time of a forward: drafts that surely cost less are always made (or the first tokens of each copied passage would be missed)."""
 _PROBES = 0.02
 """Of the time: what probes may cost."""
 _EXPECTED = 2.0
@@ -56,28 +52,17 @@ class Budget:
     """State: what forwards have cost, and how drafts have fared."""
 
     def __init__(self) -> None:
-        self._steps = self._forwards = 0
-        self._normal = np.zeros((3, 3))  # of least squares over (1, rows, drafted), and seconds
-        self._seconds = np.zeros(3)
-        self._squares = 0.0
+        self._costs = Costs()
+        self._steps = 0
         self._apart = 0.0  # seconds of a draft that is not part of a forward
-        self._within: float | None = None  # and of one that is
         self._expected = self._accepted = _EXPECTED
         self._value: float | None = None  # seconds that a draft saves
         self._probing = self._hopeful = False
         self._rested, self._pause = 0, _PROBE // 8
-        self._fitted: tuple[float, float, float] | None = None
-        self._doubt = 0.0  # of `each` in the last fit, two standard errors
 
     def note_forward(self, rows: int, seconds: float, drafted: bool = False) -> None:
         """A forward of `rows` rows, which made the next draft or did not, took `seconds`."""
-        if self._forwards >= _FEWEST:
-            seconds = min(seconds, 3 * self._cost(rows, drafted))  # something else went on
-        self._forwards, self._fitted = self._forwards + 1, None
-        x = np.array([1.0, rows, drafted])
-        self._normal = _MEMORY * self._normal + np.outer(x, x)
-        self._seconds = _MEMORY * self._seconds + seconds * x
-        self._squares = _MEMORY * self._squares + seconds**2
+        self._costs.note(rows, seconds, drafted)
 
     def note_drafting(self, seconds: float) -> None:
         """Drafting for a step took `seconds` beside the forward."""
@@ -97,68 +82,26 @@ class Budget:
         """Accepted tokens for each that the drafter expected."""
         return self._accepted / self._expected
 
-    @property
-    def _mean(self) -> float:
-        """Seconds of a forward; never zero, whatever the clock says."""
-        return max(float(self._seconds[0] / self._normal[0, 0]), 1e-9)
-
-    @property
-    def _variance(self) -> float:
-        """Of the rows of forwards."""
-        weight, rows = self._normal[0, :2]
-        return float(self._normal[1, 1] / weight - (rows / weight) ** 2)
-
-    @property
-    def _tells_drafting(self) -> bool:
-        drafted = self._normal[0, 2]
-        return bool(min(drafted, self._normal[0, 0] - drafted) >= _LEAST_SEEN)
-
-    def _fit(self) -> tuple[float, float, float]:
-        """(fixed, each, drafting) by least squares, `each` cautiously. What can't be told is zero (and part of `fixed`)."""
-        if self._fitted is not None:
-            return self._fitted
-        told = [0] + [1] * (self._variance > 1e-9) + [2] * self._tells_drafting
-        normal, seconds, weight = self._normal[np.ix_(told, told)], self._seconds[told], self._normal[0, 0]
-        inverse = np.linalg.pinv(normal)
-        solution = inverse @ seconds
-        unexplained = max(0.0, float(self._squares - solution @ seconds)) / weight
-        fit = np.zeros(3)
-        fit[told] = solution
-        fit[2] = max(0.0, fit[2])
-        if 1 in told:
-            spread = float(inverse[told.index(1), told.index(1)])
-            mean, (_, rows, drafted) = self._mean, self._normal[0] / weight
-            self._doubt = 2 * (unexplained * spread) ** 0.5
-            fit[1] = min(max(0.0, fit[1] - self._doubt), mean / rows)
-            fit[0] = mean - fit[1] * rows - fit[2] * drafted
-        self._fitted = float(fit[0]), float(fit[1]), float(fit[2])
-        return self._fitted
-
     def _vague(self, nodes: int) -> bool:
         """Whether it is too uncertain what this many more rows cost, and now is the time to see."""
-        if self._variance < _LEAST_VARIANCE and (self._steps - 1) % _PROBE == _FEWEST:
+        alike = self._costs.rows_variance < _LEAST_VARIANCE
+        if alike and (self._steps - 1) % _PROBE == _FEWEST:
             return True
-        dear = self._doubt * nodes > _VAGUE * self._mean
-        return nodes > 2 * _LOOK and self._steps % _LOOK == 0 and (self._variance < _LEAST_VARIANCE or dear)
-
-    def _cost(self, rows: int, drafted: bool) -> float:
-        fixed, each, drafting = self._fit()
-        return fixed + each * rows + drafting * drafted
+        dear = self._costs.fit().each_doubt * nodes > _VAGUE * self._costs.mean
+        return nodes > 2 * _LOOK and self._steps % _LOOK == 0 and (alike or dear)
 
     def wants(self, within: bool) -> bool:
         """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward."""
         self._steps += 1
         self._probing |= self._steps % _PROBE == 0
-        if self._forwards < _FEWEST_RESTED or self._value is None:
+        if self._costs.forwards < _FEWEST_RESTED or self._value is None:
             return True
-        drafting, typical = self._fit()[2], self._mean
-        if self._tells_drafting:
-            self._within = drafting
-        cost = self._apart if not within else _SUPPOSED * typical if self._within is None else self._within
-        unseen = within and self._within is None and self._value < typical / 2 and self._steps % _PROBE < _LEAST_SEEN + 1
+        fit, typical = self._costs.fit(), self._costs.mean
+        cost, doubt = (fit.drafting, fit.drafting_doubt) if within else (self._apart, 0.0)
         longest = max(_PROBE, int(cost / (_PROBES * typical)))
-        pays = self._value > cost or cost < _CHEAP * typical or (self._hopeful and cost < typical)
-        if pays and not unseen:
+        pays = self._value > cost or cost + doubt < _CHEAP * typical or (self._hopeful and cost < typical)
+        unsure = 0 < doubt and self._value < cost + doubt and self._steps % _SEE == 0
+        if pays and not unsure:
             self._rested, self._pause = 0, longest // 8
             return True
         self._rested += 1
@@ -173,13 +116,13 @@ class Budget:
         """Of each tree the part that is worth verifying. urgency: what a token of each sequence counts, 1 for None. others: the trees that
         there would be without the draft that `wants` was asked about; None if these are they, () if there would be none."""
         nodes, taken = self._ranked(trees, urgency), 0
-        if self._forwards:
+        if self._costs.forwards:
             taken, saved = self._worth(trees, nodes, urgency)
             if others is not None:
                 if any(map(len, others)):
                     saved -= self._worth(others, self._ranked(others, urgency), urgency)[1]
                 self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
-        if not nodes or self._forwards < _FEWEST:
+        if not nodes or self._costs.forwards < _FEWEST:
             return list(trees)
         if others is not None and (self._probing or (self._hopeful and not taken)):
             self._probing = False
@@ -204,8 +147,7 @@ class Budget:
         self, trees: Sequence[DraftTree], nodes: Sequence[tuple[float, int, int]], urgency: Sequence[float] | None
     ) -> tuple[int, float]:
         """How many of `nodes` give the most tokens per second, and the seconds that they save."""
-        fixed, each, _ = self._fit()
-        trust, plain = self.trust, max(fixed + each * len(trees), 1e-9)
+        trust, each, plain = self.trust, self._costs.fit().each, max(self._costs.of(len(trees), False), 1e-9)
         gain = alone = float(len(trees) if urgency is None else sum(urgency))
         best, taken, saved = gain / plain, 0, 0.0
         for count, (negative, _, _) in enumerate(nodes, start=1):
