@@ -26,7 +26,7 @@ _used = 0
 
 
 def empty(count: int, dtype: torch.dtype) -> Tensor:
-    """``[count]`` numbers of `dtype`, zeros as yet, in a storage of their own. Raises `MemoryError` or `OSError` where there is no memory."""
+    """``[count]`` numbers of `dtype`, zeros as yet, in a storage of their own. Raises `OSError` where there is no memory."""
     global _chunk, _used
     if count == 0:
         return torch.empty(0, dtype=dtype)

@@ -627,6 +627,34 @@ def test_without_a_working_compiler_the_references_serve(tmp_path: Path) -> None
     assert served == "references serve"
 
 
+WITHOUT_TILES = """
+import torch, test_kernels
+from specfx.kernels import cpu_build
+kernels = cpu_build.load()
+assert kernels.packs
+torch.set_num_threads(1)
+for n, k, biased in ((33, 96, True), (70, 128, False)):
+    test_kernels.test_packed_linear_kernel_agrees_with_the_reference(n, k, biased)
+rows = [test_kernels.TREE, test_kernels.causal_run(1), test_kernels.tree_of(20)]
+for sizes, window in (((2, 3, 64, 64, 16), 0), ((1, 4, 32, 48, 16), 7)):
+    shape = test_kernels.Shape(*sizes, window=window, dtype=torch.bfloat16)
+    batch = test_kernels.make_batch(shape, [70, 3, 200], rows, 0)
+    got, expected = batch.run(test_kernels.tree_attention_)[0], test_kernels.dense_attention(batch)
+    torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
+print("vectors serve")
+"""
+
+
+def test_vectors_serve_where_there_are_no_tiles(kernels: cpu_build.CpuKernels, tmp_path: Path) -> None:
+    """On a CPU that has both, the build that leaves the tiles out. (Elsewhere all other tests are of the one form that there is.)"""
+    if not kernels.packs or "amx_bf16" not in cpu_build.cpu_flags():
+        pytest.skip("this CPU has no tiles to leave out, or no packed linears at all")
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -mno-amx-tile -mno-amx-bf16\n')
+    compiler.chmod(0o755)
+    assert finish(python(WITHOUT_TILES, SPECFX_CACHE=str(tmp_path / "cache"), CXX=str(compiler))) == "vectors serve\n"
+
+
 LOAD = "from specfx.kernels import cpu_build; print(cpu_build.load().path)"
 
 

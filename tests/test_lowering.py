@@ -347,8 +347,8 @@ def test_the_hash_of_the_sources_covers_every_pass_and_kernel(tmp_path: Path, mo
 
 
 def test_packed_weights_are_used_and_follow_the_model(kernels: cpu_build.CpuKernels) -> None:
-    """bfloat16 where weights are packed: every linear is a packed one, the output is the graph engine's within rounding, pools are not copied,
-    and after an in-place change `Prepared.ladder` packs again."""
+    """bfloat16, where weights are packed: every linear is a packed one, the output is the graph engine's within rounding, pools are not
+    copied, and after an in-place change `Prepared.ladder` packs again."""
     if not kernels.packs:
         pytest.skip("this CPU has no kernel for packed linears")
     model = tiny_model("llama", initializer_range=0.2).bfloat16()

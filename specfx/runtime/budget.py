@@ -100,7 +100,7 @@ class Budget:
         cost, doubt = (fit.drafting, fit.drafting_doubt) if within else (self._apart, 0.0)
         longest = max(_PROBE, int(cost / (_PROBES * typical)))
         pays = self._value > cost or cost + doubt < _CHEAP * typical or (self._hopeful and cost < typical)
-        unsure = 0 < doubt and self._value < cost + doubt and self._steps % _SEE == 0
+        unsure = doubt > 0 and self._value < cost + doubt and self._steps % _SEE == 0
         if pays and not unsure:
             self._rested, self._pause = 0, longest // 8
             return True
