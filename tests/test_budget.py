@@ -115,6 +115,26 @@ def test_a_draft_that_tells_no_more_than_the_one_beside_it_is_not_made(new: bool
     assert sum(drafted) > 390 if new else sum(drafted) < 60
 
 
+def test_in_a_batch_a_few_right_drafts_are_no_reason_to_go_on() -> None:
+    """Eight sequences; a forward takes 10 seconds, a row 0.2 and a draft 4, which brings one of the eight a token, though half of what was
+    foretold: not worth a draft. For a sequence alone a token is worth one."""
+    counts = {}
+    for sequences in (8, 1):
+        made, drafted = Budget(), list[bool]()
+        for _ in range(300):
+            drafted.append(made.wants(within=True))
+            trees = [DraftTree.chain([1], [0.25 if sequences > 1 else 1.0])] * sequences if drafted[-2:-1] == [True] else []
+            kept = made.share(trees or [EMPTY_TREE] * sequences, None, () if trees else None)
+            for i, tree in enumerate(kept):
+                if len(tree):
+                    made.note_draft(tree, int(i == sequences - 1))
+            rows = sequences + sum(map(len, kept))
+            made.note_forward(rows, 10 + 0.2 * rows + 4 * drafted[-1], drafted[-1])
+        counts[sequences] = sum(drafted[50:])
+    assert counts[8] < 25
+    assert counts[1] > 240
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_drafts_that_cost_more_than_they_save_are_not_made_and_made_again_when_they_do(within: bool) -> None:
     """A forward takes 10 seconds and a draft 2: of drafts that bring 0.05 tokens probes are left, of such that bring one, all are made."""

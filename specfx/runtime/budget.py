@@ -7,7 +7,7 @@ that its path is accepted: the drafter's estimate, times how much of the drafter
    unlikely nodes are left out, wherever they hang. A batch is done when its last sequence is: tokens of the sequences that are behind
    count more (`urgency`).
 2. **Draft**: a draft is made as long as the seconds that drafts have saved lately exceed those that one takes. Else decoding is plain, but
-   for a probe now and then that is verified whole: soon, then ever more rarely. One that comes true is followed by another at once.
+   for a probe now and then that is verified whole: soon, then ever more rarely. One that has saved its cost is followed by another at once.
 
 Forwards that are all alike don't tell what a row costs, or a draft: then, and where it is doubtful whether a draft pays, some are run
 without, to see.
@@ -58,6 +58,8 @@ class Budget:
         self._expected = self._accepted = _EXPECTED
         self._value: float | None = None  # seconds that a draft saves
         self._probing = self._hopeful = False
+        self._shared = self._verified = 0  # sequences and drafted rows of the last step
+        self._gained: int | None = None  # tokens that its drafts have brought; None where none was verified
         self._rested, self._pause = 0, _PROBE // 8
 
     def note_forward(self, rows: int, seconds: float, drafted: bool = False) -> None:
@@ -75,7 +77,7 @@ class Budget:
         self._expected = _MEMORY * self._expected + expected
         self._accepted = _MEMORY * self._accepted + accepted
         if without is not None:
-            self._hopeful = accepted - without > max(0.5, expected / 2)
+            self._gained = (self._gained or 0) + accepted - without
 
     @property
     def trust(self) -> float:
@@ -94,12 +96,16 @@ class Budget:
         """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward."""
         self._steps += 1
         self._probing |= self._steps % _PROBE == 0
+        gained, self._gained = self._gained, None
         if self._costs.forwards < _FEWEST_RESTED or self._value is None:
             return True
         fit, typical = self._costs.fit(), self._costs.mean
         cost, doubt = (fit.drafting, fit.drafting_doubt) if within else (self._apart, 0.0)
         longest = max(_PROBE, int(cost / (_PROBES * typical)))
-        pays = self._value > cost or cost + doubt < _CHEAP * typical or (self._hopeful and cost < typical)
+        if gained is not None:
+            plain = self._costs.of(self._shared, False)
+            self._hopeful = gained / self._shared * plain - fit.each * self._verified > max(cost, 0.5 * plain / self._shared)
+        pays = self._value > cost or cost + doubt < _CHEAP * typical or self._hopeful
         unsure = doubt > 0 and self._value < cost + doubt and self._steps % _SEE == 0
         if pays and not unsure:
             self._rested, self._pause = 0, longest // 8
@@ -115,6 +121,11 @@ class Budget:
     ) -> list[DraftTree]:
         """Of each tree the part that is worth verifying. urgency: what a token of each sequence counts, 1 for None. others: the trees that
         there would be without the draft that `wants` was asked about; None if these are they, () if there would be none."""
+        kept = self._share(trees, urgency, others)
+        self._shared, self._verified = len(trees), sum(map(len, kept))
+        return kept
+
+    def _share(self, trees: Sequence[DraftTree], urgency: Sequence[float] | None, others: Sequence[DraftTree] | None) -> list[DraftTree]:
         nodes, taken = self._ranked(trees, urgency), 0
         if self._costs.forwards:
             taken, saved = self._worth(trees, nodes, urgency)
@@ -124,7 +135,8 @@ class Budget:
                 self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
         if not nodes or self._costs.forwards < _FEWEST:
             return list(trees)
-        if others is not None and (self._probing or (self._hopeful and not taken)):
+        futile = not taken and (self._value or 0.0) < _CHEAP * self._costs.mean  # and so it was lately
+        if others is not None and (self._probing or (self._hopeful and futile)):
             self._probing = False
             return list(trees)
         if self._vague(len(nodes)):
