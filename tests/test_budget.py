@@ -135,6 +135,23 @@ def test_in_a_batch_a_few_right_drafts_are_no_reason_to_go_on() -> None:
     assert counts[1] > 240
 
 
+def test_what_a_draft_saves_is_seen_anew_when_sequences_have_ended() -> None:
+    """As the batch above, whose drafts don't pay; the one that is left when the seven others end has drafts that do."""
+    made, drafted = Budget(), list[bool]()
+    for step in range(330):
+        sequences = 8 if step < 300 else 1
+        drafted.append(made.wants(True, sequences))
+        trees = [DraftTree.chain([1], [0.5])] * sequences if drafted[-2:-1] == [True] else []
+        kept = made.share(trees or [EMPTY_TREE] * sequences, None, () if trees else None)
+        for i, tree in enumerate(kept):
+            if len(tree):
+                made.note_draft(tree, int(i < sequences // 8 + (step >= 300)))
+        rows = sequences + sum(map(len, kept))
+        made.note_forward(rows, 10 + 0.2 * rows + 2 * drafted[-1], drafted[-1])
+    assert sum(drafted[100:300]) < 40
+    assert sum(drafted[300:]) > 25
+
+
 @pytest.mark.parametrize("within", [True, False])
 def test_drafts_that_cost_more_than_they_save_are_not_made_and_made_again_when_they_do(within: bool) -> None:
     """A forward takes 10 seconds and a draft 2: of drafts that bring 0.05 tokens probes are left, of such that bring one, all are made."""

@@ -44,6 +44,8 @@ _EXPECTED = 2.0
 """Accepted tokens that the drafter is believed to have foretold rightly before it began."""
 _VALUE_MEMORY = 0.85
 """As `_MEMORY`, of what a draft saves."""
+_OTHER = 1.25
+"""Times as many sequences: then a draft is worth something else."""
 _URGENT = 4.0
 """A sequence with half as many steps to go as the last one counts ``2 ** -_URGENT`` as much."""
 
@@ -57,6 +59,7 @@ class Budget:
         self._apart = 0.0  # seconds of a draft that is not part of a forward
         self._expected = self._accepted = _EXPECTED
         self._value: float | None = None  # seconds that a draft saves
+        self._valued = 0  # with so many sequences
         self._probing = self._hopeful = False
         self._shared = self._verified = 0  # sequences and drafted rows of the last step
         self._gained: int | None = None  # tokens that its drafts have brought; None where none was verified
@@ -92,8 +95,11 @@ class Budget:
         dear = self._costs.fit().each_doubt * nodes > _VAGUE * self._costs.mean
         return nodes > 2 * _LOOK and self._steps % _LOOK == 0 and (alike or dear)
 
-    def wants(self, within: bool) -> bool:
-        """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward."""
+    def wants(self, within: bool, sequences: int = 1) -> bool:
+        """Whether a draft is worth making. To be asked once for each step. within: it would be part of a forward. sequences: of the step;
+        what a draft saves is seen anew when they are many more or fewer than before."""
+        if not 1 / _OTHER < sequences / max(self._valued, 1) < _OTHER:
+            self._value, self._valued = None, sequences
         self._steps += 1
         self._probing |= self._steps % _PROBE == 0
         gained, self._gained = self._gained, None
@@ -131,7 +137,7 @@ class Budget:
             taken, saved = self._worth(trees, nodes, urgency)
             if others is not None:
                 if any(map(len, others)):
-                    saved -= self._worth(others, self._ranked(others, urgency), urgency)[1]
+                    saved = max(0.0, saved - self._worth(others, self._ranked(others, urgency), urgency)[1])
                 self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
         if not nodes or self._costs.forwards < _FEWEST:
             return list(trees)
