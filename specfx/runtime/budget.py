@@ -27,7 +27,7 @@ _FEWEST = 16
 _FEWEST_RESTED = 8
 """Forwards to see before drafts are."""
 _PROBE = 32
-"""One step in so many verifies all that was drafted, and drafts at all."""
+"""One step in so many drafts at all, and verifies all that was drafted where nothing seems worth it."""
 _LEAST_VARIANCE = 0.1
 """Of the rows of forwards; with less, what a row costs can't be told."""
 _VAGUE = 0.15
@@ -141,11 +141,12 @@ class Budget:
                 self._value = saved if self._value is None else _VALUE_MEMORY * self._value + (1 - _VALUE_MEMORY) * saved
         if not nodes or self._costs.forwards < _FEWEST:
             return list(trees)
-        futile = not taken and (self._value or 0.0) < _CHEAP * self._costs.mean  # and so it was lately
-        if others is not None and (self._probing or (self._hopeful and futile)):
-            self._probing = False
-            return list(trees)
-        if self._vague(len(nodes)):
+        if others is not None:
+            probing, self._probing = self._probing, False
+            futile = (self._value or 0.0) < _CHEAP * self._costs.mean  # lately
+            if not taken and (probing or (self._hopeful and futile)):
+                return list(trees)
+        if self._vague(taken):
             return [EMPTY_TREE] * len(trees)
         if taken == len(nodes):
             return list(trees)
