@@ -60,17 +60,17 @@ struct OnVectors : PackedLinear {
     __m512 left[rows], right[rows];
     for (int64_t r = 0; r < rows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
-      for (int64_t l = 0; l < lines; ++l, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+      for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < 16; ++pair) {
-        const __m512bh l = (__m512bh)_mm512_loadu_si512(w + pair * 32), h = (__m512bh)_mm512_loadu_si512(w + 512 + pair * 32);
+        const __m512bh first = (__m512bh)_mm512_loadu_si512(w + pair * 32), second = (__m512bh)_mm512_loadu_si512(w + 512 + pair * 32);
 #pragma GCC unroll 12
         for (int64_t r = 0; r < rows; ++r) {
           int32_t both;
           std::memcpy(&both, a + r * k + pair * 2, sizeof both);
           const __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
-          left[r] = _mm512_dpbf16_ps(left[r], l, inputs);
-          right[r] = _mm512_dpbf16_ps(right[r], h, inputs);
+          left[r] = _mm512_dpbf16_ps(left[r], first, inputs);
+          right[r] = _mm512_dpbf16_ps(right[r], second, inputs);
         }
       }
     }
