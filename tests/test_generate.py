@@ -81,6 +81,7 @@ class Oracle:
 
     name = "oracle"
     needs_hidden = False
+    on_trial = False
     beside = None
     drafting = None
     refusals = ()

@@ -279,8 +279,9 @@ class Runtime:
     def _drafts(self, active: list[SequenceState]) -> tuple[list[DraftTree], bool]:
         """What is to be verified of each sequence's draft, and whether this step's forward makes the next one."""
         within = self.engine.drafts and self.drafter.needs_hidden and any(s.processor is None for s in active)
-        trial = self.drafter.on_trial and any(s.draw is None for s in active)  # what is drawn at random tells little of a drafter
-        wanted = self.budget is None or self.budget.wants(within, len(active)) or trial
+        wanted = self.budget is None or self.budget.wants(within, len(active))
+        if self.drafter.on_trial and any(s.draw is None for s in active):  # what is drawn at random tells little of a drafter
+            wanted = True
         drafted = self._drafted if within else wanted
         chains = self.engine.verifies != "trees" or (within and not wanted)  # behind branches the engine would draft (`Rows.drafts`)
         ids, most = [s.id for s in active], [min(self.max_nodes, s.remaining - 1) for s in active]
