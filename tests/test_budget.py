@@ -115,21 +115,27 @@ def test_a_draft_that_tells_no_more_than_the_one_beside_it_is_not_made(new: bool
     assert sum(drafted) > 390 if new else sum(drafted) < 60
 
 
+def batch_step(made: Budget, sequences: int, prob: float, right: int, drafting: float, drafted: list[bool]) -> None:
+    """A step of a batch: a forward takes 10 seconds, a row 0.2 and a draft `drafting`. Each sequence's draft is a token of probability
+    `prob`; the last `right` sequences' are right. drafted: whether each step so far drafted; this one is added."""
+    drafted.append(made.wants(True, sequences))
+    trees = [DraftTree.chain([1], [prob])] * sequences if drafted[-2:-1] == [True] else []
+    kept = made.share(trees or [EMPTY_TREE] * sequences, None, () if trees else None)
+    for i, tree in enumerate(kept):
+        if len(tree):
+            made.note_draft(tree, int(i >= sequences - right))
+    rows = sequences + sum(map(len, kept))
+    made.note_forward(rows, 10 + 0.2 * rows + drafting * drafted[-1], drafted[-1])
+
+
 def test_in_a_batch_a_few_right_drafts_are_no_reason_to_go_on() -> None:
-    """Eight sequences; a forward takes 10 seconds, a row 0.2 and a draft 4, which brings one of the eight a token, though half of what was
-    foretold: not worth a draft. For a sequence alone a token is worth one."""
+    """Eight sequences, and drafts of 4 seconds that bring one of them a token, though half of what was foretold: not worth a draft. For a
+    sequence alone a token is worth one."""
     counts = {}
     for sequences in (8, 1):
         made, drafted = Budget(), list[bool]()
         for _ in range(300):
-            drafted.append(made.wants(within=True))
-            trees = [DraftTree.chain([1], [0.25 if sequences > 1 else 1.0])] * sequences if drafted[-2:-1] == [True] else []
-            kept = made.share(trees or [EMPTY_TREE] * sequences, None, () if trees else None)
-            for i, tree in enumerate(kept):
-                if len(tree):
-                    made.note_draft(tree, int(i == sequences - 1))
-            rows = sequences + sum(map(len, kept))
-            made.note_forward(rows, 10 + 0.2 * rows + 4 * drafted[-1], drafted[-1])
+            batch_step(made, sequences, 0.25 if sequences > 1 else 1.0, 1, 4, drafted)
         counts[sequences] = sum(drafted[50:])
     assert counts[8] < 25
     assert counts[1] > 240
@@ -139,15 +145,7 @@ def test_what_a_draft_saves_is_seen_anew_when_sequences_have_ended() -> None:
     """As the batch above, whose drafts don't pay; the one that is left when the seven others end has drafts that do."""
     made, drafted = Budget(), list[bool]()
     for step in range(330):
-        sequences = 8 if step < 300 else 1
-        drafted.append(made.wants(True, sequences))
-        trees = [DraftTree.chain([1], [0.5])] * sequences if drafted[-2:-1] == [True] else []
-        kept = made.share(trees or [EMPTY_TREE] * sequences, None, () if trees else None)
-        for i, tree in enumerate(kept):
-            if len(tree):
-                made.note_draft(tree, int(i < sequences // 8 + (step >= 300)))
-        rows = sequences + sum(map(len, kept))
-        made.note_forward(rows, 10 + 0.2 * rows + 2 * drafted[-1], drafted[-1])
+        batch_step(made, 8 if step < 300 else 1, 0.5, 1, 2, drafted)
     assert sum(drafted[100:300]) < 40
     assert sum(drafted[300:]) > 25
 

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from specfx.runtime.costs import Costs
+from specfx.runtime.costs import MEMORY, Costs
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
-_MEMORY = 0.98
-"""Weight that an observation keeps when the next one comes: the last fifty count."""
 _FEWEST = 16
 """Forwards to see before nodes are left out."""
 _FEWEST_RESTED = 8
@@ -43,7 +41,7 @@ _PROBES = 0.02
 _EXPECTED = 2.0
 """Accepted tokens that the drafter is believed to have foretold rightly before it began."""
 _VALUE_MEMORY = 0.85
-"""As `_MEMORY`, of what a draft saves."""
+"""As `MEMORY`, of what a draft saves."""
 _OTHER = 1.25
 """Times as many sequences: then a draft is worth something else."""
 _URGENT = 4.0
@@ -77,8 +75,8 @@ class Budget:
         """Of a verified `tree` so many nodes were accepted. without: and so many without the draft that `wants` was asked about; None if
         there was none."""
         expected = sum(tree.probs)
-        self._expected = _MEMORY * self._expected + expected
-        self._accepted = _MEMORY * self._accepted + accepted
+        self._expected = MEMORY * self._expected + expected
+        self._accepted = MEMORY * self._accepted + accepted
         if without is not None:
             self._gained = (self._gained or 0) + accepted - without
 

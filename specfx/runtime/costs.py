@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-_MEMORY = 0.98
+MEMORY = 0.98
 """Weight that an observation keeps when the next one comes: the last fifty count."""
 _SUPPOSED = 0.2
 """Of the time of a forward: what a draft is taken to cost at first."""
@@ -50,16 +50,16 @@ class Costs:
         if self.forwards >= _FEWEST:
             seconds = min(seconds, 3 * self.of(rows, drafted))
         self.forwards += 1
-        self._weight = _MEMORY * self._weight + 1
-        self._seconds = _MEMORY * self._seconds + seconds
-        self._rows = _MEMORY * self._rows + rows
-        self._rows2 = _MEMORY * self._rows2 + rows**2
-        self._drafted = _MEMORY * self._drafted + drafted
+        self._weight = MEMORY * self._weight + 1
+        self._seconds = MEMORY * self._seconds + seconds
+        self._rows = MEMORY * self._rows + rows
+        self._rows2 = MEMORY * self._rows2 + rows**2
+        self._drafted = MEMORY * self._drafted + drafted
         if self._last is not None:
             r, s, d = rows - self._last[0], seconds - self._last[1], drafted - self._last[2]
-            self._pairs = _MEMORY * self._pairs + 1
-            self._rr, self._rd, self._dd = _MEMORY * self._rr + r * r, _MEMORY * self._rd + r * d, _MEMORY * self._dd + d * d
-            self._rs, self._ds, self._ss = _MEMORY * self._rs + r * s, _MEMORY * self._ds + d * s, _MEMORY * self._ss + s * s
+            self._pairs = MEMORY * self._pairs + 1
+            self._rr, self._rd, self._dd = MEMORY * self._rr + r * r, MEMORY * self._rd + r * d, MEMORY * self._dd + d * d
+            self._rs, self._ds, self._ss = MEMORY * self._rs + r * s, MEMORY * self._ds + d * s, MEMORY * self._ss + s * s
         self._last, self._cost = (rows, seconds, drafted), None
 
     @property
