@@ -1,13 +1,16 @@
 # ruff: noqa: E501
 """The prompts on which a head for SmolLM2 is trained: ours, generated from lists, so that the recipe can be run again.
 
-python examples/mtp_prompts.py OUT.jsonl [--seed 0] [--count 6000] [--also FILE.jsonl ...] [--articles DATA.jsonl --model MODEL]
+python examples/mtp_prompts.py OUT.jsonl [--seed 0] [--count 6000] [--also FILE.jsonl ...] [--articles DATA.jsonl | --asked] [--model MODEL]
 
 One JSON object a line, ``{"messages": [...], "category": ...}``: questions, writing, reasoning, arithmetic, code, translation, lists,
 role play, and tasks on a passage. The passages are ours too. `--also` adds the questions of other files (`question` or `prompt`).
 
 `--articles` makes other prompts instead: half of them have long texts to be summarised or searched for an answer, which are what MODEL
 itself wrote (a `--data` file of ``specfx train mtp``); half are short questions of fact, and German to be translated.
+
+`--asked` makes other prompts instead: those that MODEL itself writes where a user's turn begins, drawn at temperature 0.9 (Magpie, Xu et al.
+2024). They range over all that the model was taught, which no list of ours does.
 """
 
 from __future__ import annotations
@@ -378,6 +381,40 @@ def articles(data: Path, model: str) -> list[str]:
     return [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
 
 
+OPENINGS = {"": (14, 120), "Summarize: The": (2, 320), "Who": (1, 40), "When": (1, 40), "Where": (1, 40), "{name} has": (2, 100)}
+"""How a user's turn begins: (share, most tokens that the model writes on)."""
+DRAWN = {"do_sample": True, "temperature": 0.9, "top_k": 0, "top_p": 0.95, "num_return_sequences": 32}
+
+
+def asked(count: int, model: str, seed: int = 0) -> list[dict[str, object]]:
+    """`count` different prompts that the model itself asks. What does not end in time is left out, but for texts to be summarised."""
+    import torch
+    from tqdm import tqdm
+
+    import specfx
+    from specfx import models
+
+    pick = random.Random(seed)
+    target, tokenizer = models.load(model, torch.bfloat16)
+    specfx.speculate(target, None, compile="sync")
+    torch.manual_seed(seed)
+    before = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False).split("\0")[0]
+    openings = [opening for opening, (share, _) in OPENINGS.items() for _ in range(share)]
+    prompts: dict[str, str] = {}
+    with tqdm(total=count, unit="prompt") as bar:
+        while len(prompts) < count:
+            opening = pick.choice(openings)
+            begun, longest = opening.format(name=pick.choice(NAMES)), OPENINGS[opening][1]
+            ids = tokenizer(before + begun, add_special_tokens=False, return_tensors="pt").input_ids
+            for row in target.generate(ids, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id, **DRAWN).tolist():
+                written, *ended = tokenizer.decode(row[ids.shape[1] :]).split(tokenizer.eos_token)
+                text = (begun + written).strip()
+                if (ended or begun.startswith("Summarize")) and len(text) > 12 and "<|" not in text and text not in prompts:
+                    prompts[text] = "asked_" + (opening.split(" ")[0].strip("{}:").lower() or "freely")
+            bar.update(len(prompts) - bar.n)
+    return [{"category": name, "messages": [{"role": "user", "content": text}]} for text, name in prompts.items()][:count]
+
+
 def make(count: int, seed: int = 0) -> list[dict[str, object]]:
     """`count` different prompts."""
     pick = random.Random(seed)
@@ -400,9 +437,12 @@ def main() -> None:
     arguments.add_argument("--count", type=int, default=6000)
     arguments.add_argument("--also", type=Path, nargs="*", default=[])
     arguments.add_argument("--articles", type=Path)
+    arguments.add_argument("--asked", action="store_true")
     arguments.add_argument("--model")
     options = arguments.parse_args()
-    if options.articles:
+    if options.asked:
+        prompts = asked(options.count, options.model, options.seed)
+    elif options.articles:
         prompts = make_on_articles(options.count, articles(options.articles, options.model), options.seed)
     else:
         prompts = make(options.count, options.seed)

@@ -1,15 +1,17 @@
-// Tree attention over paged KV: a work item is (sequence, KV head, 16 queries), where the queries are all rows of the tree times the
-// heads of the group. One vector holds the same thing for 16 queries: nothing is summed across a vector, and keys need no
-// transposition. In bfloat16 the two products run on AMX tiles or AVX-512 BF16 vectors (probabilities are rounded to bfloat16, as flash
-// attention does).
+// Tree attention over paged KV: a work item is (sequence, KV head, up to 16 queries), where the queries are all rows of the tree times
+// the heads of the group. In float32 and on AMX tiles a vector holds the same thing for 16 queries (scores lie key by key): nothing is
+// summed across a vector, and keys need no transposition. On AVX-512 BF16 vectors it holds 16 keys' scores, or 16 columns of values, of
+// one query (scores lie query by query), so few queries take little time. In bfloat16 probabilities are rounded to bfloat16, as flash
+// attention does.
 #pragma once
 
 #include "common.h"
 
 namespace specfx {
 
-constexpr int64_t kBlock = 64;  // keys that are widened to float at a time
+constexpr int64_t kBlock = 64;  // keys that are widened to float, or transposed, at a time
 constexpr int64_t kTile = 8;    // keys (or value columns) that share each load of a query (or weight) vector
+constexpr int64_t kMost = 6;    // queries that share each load of a vector of keys (or values) on AVX-512 BF16: 24 vectors of sums
 
 // Everything that one work item needs, reused from item to item by one thread.
 template <typename T>
@@ -49,7 +51,7 @@ class Attention {
     if (tiles) {
       configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
       scores_on_tiles();
-      softmax();
+      weigh_by_key();
       values_on_tiles();
       _tile_release();
       return;
@@ -58,13 +60,13 @@ class Attention {
 #ifdef SPECFX_DOT
     if (dots) {
       scores_on_dots();
-      softmax();
+      weigh_by_query();
       values_on_dots();
       return;
     }
 #endif
     scores_on_vectors();
-    softmax();
+    weigh_by_key();
     values_on_vectors();
   }
 
@@ -87,7 +89,9 @@ class Attention {
       head_of[i] = item.group * share + query % share;
       standing[i] = length + b.depth(row0 + row_of[i], row_of[i], rows);
     }
-    lines.resize((keys - from + 32) * kLanes);
+    by_query = dots && !tiles;
+    stride = (keys - from + kBlock - 1) / kBlock * kBlock;
+    lines.resize(by_query ? count * stride : (keys - from + 32) * kLanes);
     find_slots();
     if (item.group == 0 && item.first == 0) {
       to_fetch = item.sequence + 1 < b.sequences ? b.lengths[item.sequence + 1] : 0;
@@ -110,6 +114,7 @@ class Attention {
   const T* query(int64_t lane) const { return Q + ((row0 + row_of[lane]) * heads + head_of[lane]) * dk; }
   T* result(int64_t lane) const { return O + ((row0 + row_of[lane]) * heads + head_of[lane]) * dv; }
   float* line(int64_t position) { return &lines[(position - from) * kLanes]; }  // 16 queries' scores of one key
+  float& score(int64_t position, int64_t lane) { return lines[by_query ? lane * stride + position - from : (position - from) * kLanes + lane]; }
 
   // While `passed` keys of this sequence are computed, a like part of the next sequence's comes from memory into the second cache.
   void fetch(int64_t passed) {
@@ -148,25 +153,31 @@ class Attention {
     }
   }
 
-  // Scores to weights, in place; `total` keeps their sums.
-  void softmax() {
-    for (int64_t j = from; j < keys; ++j) store(line(j), load(line(j)) * scale);
+  // Scale and cap the scores, and hide what a query doesn't see.
+  void settle() {
+    const int64_t lanes = by_query ? count : kLanes, all = by_query ? count * stride : (keys - from) * kLanes;
+    for (int64_t i = 0; i < all; i += kLanes) store(&lines[i], load(&lines[i]) * scale);
     if (softcap > 0)
-      for (int64_t j = 0; j < (keys - from) * kLanes; ++j) lines[j] = softcap * std::tanh(lines[j] / softcap);
+      for (int64_t i = 0; i < all; ++i) lines[i] = softcap * std::tanh(lines[i] / softcap);
     if (window > 0)
-      for (int64_t i = 0; i < kLanes; ++i)
-        for (int64_t j = from; j < std::min(length, standing[i] - window + 1); ++j) line(j)[i] = kHidden;
-    for (int64_t i = 0; i < kLanes; ++i)
+      for (int64_t i = 0; i < lanes; ++i)
+        for (int64_t j = from; j < std::min(length, standing[i] - window + 1); ++j) score(j, i) = kHidden;
+    for (int64_t i = 0; i < lanes; ++i)
       if (standing[i] >= skip)
-        for (int64_t j = from; j < std::min(length, skip); ++j) line(j)[i] = kHidden;
+        for (int64_t j = from; j < std::min(length, skip); ++j) score(j, i) = kHidden;
     for (int64_t r = std::max<int64_t>(0, from - length); r < keys - length; ++r) {
       const int64_t stands = length + b.depth(row0 + r, r, rows);
-      for (int64_t i = 0; i < kLanes; ++i) {
+      for (int64_t i = 0; i < lanes; ++i) {
         const bool ancestor = causal ? r <= row_of[i] : (b.mask[row0 + row_of[i]] >> r) & 1;
         const bool skipped = stands < skip && standing[i] >= skip;
-        if (!ancestor || skipped || (window > 0 && stands <= standing[i] - window)) line(length + r)[i] = kHidden;
+        if (!ancestor || skipped || (window > 0 && stands <= standing[i] - window)) score(length + r, i) = kHidden;
       }
     }
+  }
+
+  // Scores to weights, in place; `total` keeps their sums.
+  void weigh_by_key() {
+    settle();
     Vec top = Vec{} + kHidden;
     if (sinks)
       for (int64_t i = 0; i < kLanes; ++i) top[i] = sinks[head_of[i]];
@@ -180,9 +191,7 @@ class Attention {
       store(line(j), p);
       sum += p;
     }
-    total = sum;
-    if (sinks)
-      for (int64_t i = 0; i < kLanes; ++i) total[i] += std::exp(sinks[head_of[i]] - top[i]);
+    for (int64_t i = 0; i < kLanes; ++i) total[i] = sum[i] + (sinks ? std::exp(sinks[head_of[i]] - top[i]) : 0.f);
   }
 
   void values_on_vectors() {
@@ -217,6 +226,172 @@ class Attention {
   }
 
 #ifdef SPECFX_DOT
+  // As `weigh_by_key`; the weights are `shares`, in bfloat16.
+  void weigh_by_query() {
+    settle();
+    shares.resize(count * stride);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = &lines[i * stride];
+      std::fill(row + keys - from, row + stride, kHidden);
+      Vec tops = Vec{} + (sinks ? sinks[head_of[i]] : kHidden), sum = Vec{};
+      for (int64_t j = 0; j < stride; j += kLanes) {
+        const Vec x = load(row + j);
+        tops = x > tops ? x : tops;
+      }
+      const float top = _mm512_reduce_max_ps((__m512)tops);
+      for (int64_t j = 0; j < stride; j += kLanes) {
+        const Vec p = exp_nonpositive(load(row + j) - top);
+        sum += p;
+        store_narrow(&shares[i * stride + j], (__m512)p);
+      }
+      total[i] = _mm512_reduce_add_ps((__m512)sum) + (sinks ? std::exp(sinks[head_of[i]] - top) : 0.f);
+    }
+  }
+
+  // out[c]: the 32-bit numbers c of 16 rows; out's rows lie `apart` numbers from each other.
+  static void transpose(__m512i (&rows)[16], uint32_t* out, int64_t apart) {
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {  // 128 bits of `rows[i + c]`: four rows of each column c, c + 4, c + 8, c + 12
+      rows[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      rows[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      rows[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      rows[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const __m512i even0 = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0x88), odd0 = _mm512_shuffle_i32x4(rows[c], rows[c + 4], 0xdd);
+      const __m512i even1 = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0x88), odd1 = _mm512_shuffle_i32x4(rows[c + 8], rows[c + 12], 0xdd);
+      _mm512_storeu_si512(out + c * apart, _mm512_shuffle_i32x4(even0, even1, 0x88));
+      _mm512_storeu_si512(out + (c + 4) * apart, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+      _mm512_storeu_si512(out + (c + 8) * apart, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+      _mm512_storeu_si512(out + (c + 12) * apart, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+    }
+  }
+
+  static void store_narrow(void* to, __m512 x) { _mm256_storeu_si256(static_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
+
+  static __m512 add_products(__m512 sum, const void* both, __m512i lanes) {  // both: two bfloat16, multiplied with each lane's two
+    int32_t pair;
+    std::memcpy(&pair, both, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)lanes);
+  }
+
+  // A block of keys is transposed: `pairs` holds their first pair of numbers, their second, ...; then each query runs over it.
+  void scores_on_dots() {
+    const int64_t whole = (dk + 31) / 32;
+    pairs.resize(whole * 16 * kBlock);
+    for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
+      const int64_t vectors = (std::min(kBlock, keys - j0) + kLanes - 1) / kLanes;
+      for (int64_t v = 0; v < vectors; ++v) {
+        fetch(kLanes / 2);  // and as many with the values: caches take few lines at a time
+        for (int64_t d = 0; d < whole; ++d) {
+          const __mmask16 there = dk - d * 32 >= 32 ? 0xffff : (1 << (dk / 2 - d * 16)) - 1;
+          __m512i rows[kLanes];
+#pragma GCC unroll 16
+          for (int64_t t = 0; t < kLanes; ++t) rows[t] = _mm512_maskz_loadu_epi32(there, key(std::min(j0 + v * kLanes + t, keys - 1)) + d * 32);
+          transpose(rows, &pairs[d * 16 * kBlock + v * kLanes], kBlock);
+        }
+      }
+      for (int64_t i = 0; i < count; i += kMost) {
+        if (vectors > 2)
+          scores_of<kMost, 4>(i, std::min(kMost, count - i), j0 - from);
+        else
+          scores_of<kMost, 2>(i, std::min(kMost, count - i), j0 - from);
+      }
+    }
+  }
+
+  // Of `queries` queries from `first` on and a block of keys.
+  template <int64_t most, int64_t vectors>
+  void scores_of(int64_t first, int64_t queries, int64_t at) {
+    if constexpr (most > 1)
+      if (queries < most) return scores_of<most - 1, vectors>(first, queries, at);
+    __m512 sum[most][vectors];
+    const T* src[most];
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < most; ++i) {
+      src[i] = query(first + i);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+    }
+    for (int64_t d = 0; d < dk / 2; ++d) {
+      __m512i lanes[vectors];
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) lanes[v] = _mm512_loadu_si512(&pairs[d * kBlock + v * kLanes]);
+#pragma GCC unroll 6
+      for (int64_t i = 0; i < most; ++i)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < vectors; ++v) sum[i][v] = add_products(sum[i][v], src[i] + 2 * d, lanes[v]);
+    }
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < most; ++i)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) _mm512_storeu_ps(&lines[(first + i) * stride + at + v * kLanes], sum[i][v]);
+  }
+
+  void values_on_dots() {
+    for (int64_t i = 0; i < count; i += kMost)
+      for (int64_t d = 0; d < dv;) {
+        if (dv - d >= 64)
+          values_of<kMost, 2>(i, std::min(kMost, count - i), d), d += 64;
+        else
+          values_of<kMost, 1>(i, std::min(kMost, count - i), d), d += 32;
+      }
+  }
+
+  // Of `queries` queries from `first` on, 32 * `vectors` columns from `d0` on, as far as there are so many.
+  template <int64_t most, int64_t vectors>
+  void values_of(int64_t first, int64_t queries, int64_t d0) {
+    if constexpr (most > 1)
+      if (queries < most) return values_of<most - 1, vectors>(first, queries, d0);
+    const __m512i lower = interleaving(0), upper = interleaving(16);
+    const int64_t there = std::min<int64_t>(32 * vectors, dv - d0);
+    const __mmask32 tail = there % 32 ? 0xffff : ~__mmask32(0);  // dv is a multiple of 16
+    __m512 sum[most][2 * vectors];
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < most; ++i)
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < 2 * vectors; ++v) sum[i][v] = _mm512_setzero_ps();
+    for (int64_t j = from; j < keys; j += 2) {
+      if (first == 0 && d0 == 0 && j % kLanes == 0) fetch(kLanes / 2);
+      const T *even = value(j) + d0, *odd = value(std::min(j + 1, keys - 1)) + d0;  // the weight of a key that is not there is zero
+      __m512i lanes[2 * vectors];
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < vectors; ++v) {
+        const __mmask32 mask = v + 1 == vectors ? tail : ~__mmask32(0);
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + v * 32), y = _mm512_maskz_loadu_epi16(mask, odd + v * 32);
+        lanes[2 * v] = _mm512_permutex2var_epi16(x, lower, y);
+        lanes[2 * v + 1] = _mm512_permutex2var_epi16(x, upper, y);
+      }
+#pragma GCC unroll 6
+      for (int64_t i = 0; i < most; ++i)
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < 2 * vectors; ++v) sum[i][v] = add_products(sum[i][v], &shares[(first + i) * stride + j - from], lanes[v]);
+    }
+#pragma GCC unroll 6
+    for (int64_t i = 0; i < most; ++i) {
+      const __m512 inverse = _mm512_set1_ps(1.f / total[first + i]);
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < 2 * vectors; ++v)
+        if (v * 16 < there) store_narrow(result(first + i) + d0 + v * 16, _mm512_mul_ps(sum[i][v], inverse));
+    }
+  }
+
+  // Picks 16 numbers of each of two vectors, from `first` on, in turn.
+  static __m512i interleaving(int first) {
+    alignas(64) uint16_t index[32];
+    for (int i = 0; i < 32; ++i) index[i] = static_cast<uint16_t>(first + i / 2 + 32 * (i % 2));
+    return _mm512_load_si512(index);
+  }
+#endif
+
+#ifdef SPECFX_AMX
   // Pairs of numbers of each query, transposed: 16 queries' first pair, their second, ...
   void gather_pairs() {
     pairs.resize(dk / 2 * kLanes);
@@ -240,61 +415,6 @@ class Attention {
     return joined(j < keys ? widen(value(j) + d) : zero, j + 1 < keys ? widen(value(j + 1) + d) : zero);
   }
 
-  static __m512 add_products(__m512 sum, uint32_t both, __m512i lanes) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(static_cast<int32_t>(both)), (__m512bh)lanes);
-  }
-
-  void scores_on_dots() {
-    gather_pairs();
-    for (int64_t j = from; j < keys; j += kTile) {
-      fetch(kTile);
-      __m512 sum[kTile];
-      const uint32_t* src[kTile];
-#pragma GCC unroll 8
-      for (int64_t t = 0; t < kTile; ++t) {
-        sum[t] = _mm512_setzero_ps();
-        src[t] = reinterpret_cast<const uint32_t*>(key(std::min(j + t, keys - 1)));
-      }
-      for (int64_t d = 0; d < dk / 2; ++d) {
-        const __m512i lanes = _mm512_loadu_si512(&pairs[d * kLanes]);
-#pragma GCC unroll 8
-        for (int64_t t = 0; t < kTile; ++t) sum[t] = add_products(sum[t], src[t][d], lanes);
-      }
-#pragma GCC unroll 8
-      for (int64_t t = 0; t < kTile; ++t) store(line(j + t), (Vec)sum[t]);  // there is room behind the last key
-    }
-  }
-
-  void values_on_dots() {
-    wide.assign(dv * kLanes, 0.f);
-    pairs.resize(kBlock / 2 * (dv + kLanes));
-    uint32_t *weights = pairs.data(), *columns = weights + kBlock / 2 * kLanes;  // of a block of keys, in pairs
-    store(line(keys), Vec{});
-    for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
-      const int64_t n = (std::min(kBlock, keys - j0) + 1) / 2;
-      for (int64_t p = 0; p < n; ++p) {
-        const int64_t j = j0 + 2 * p;
-        _mm512_storeu_si512(weights + p * kLanes, narrow_pair(load(line(j)), load(line(j + 1))));
-        for (int64_t d = 0; d < dv; d += 16) _mm512_storeu_si512(columns + p * dv + d, value_pair(j, d));
-      }
-      for (int64_t d = 0; d < dv; d += 16) {
-        __m512 sum[16];
-#pragma GCC unroll 16
-        for (int64_t t = 0; t < 16; ++t) sum[t] = _mm512_loadu_ps(&wide[(d + t) * kLanes]);
-        for (int64_t p = 0; p < n; ++p) {
-          const __m512i lanes = _mm512_loadu_si512(weights + p * kLanes);
-#pragma GCC unroll 16
-          for (int64_t t = 0; t < 16; ++t) sum[t] = add_products(sum[t], columns[p * dv + d + t], lanes);
-        }
-#pragma GCC unroll 16
-        for (int64_t t = 0; t < 16; ++t) _mm512_storeu_ps(&wide[(d + t) * kLanes], sum[t]);
-      }
-    }
-    normalize();
-  }
-#endif
-
-#ifdef SPECFX_AMX
   // Tile 0: 16 keys x 16 queries of sums; 1: 16 keys x 32 of their width; 2: as much of the queries, pairs of numbers transposed.
   void scores_on_tiles() {
     gather_pairs();
@@ -361,6 +481,8 @@ class Attention {
   // of the present item
   Item item;
   int64_t row0, rows, length, count, keys, from;
+  bool by_query;   // whether scores lie query by query, `stride` from each other, and not key by key
+  int64_t stride;
   const int32_t* table;
   bool causal;
   int64_t row_of[kLanes], head_of[kLanes], standing[kLanes];
@@ -370,6 +492,7 @@ class Attention {
   // of the next sequence: tokens before `to_fetch`, of which those before `fetched` have been asked for
   int64_t fetched = 0, to_fetch = 0;
   std::vector<uint32_t> pairs;
+  std::vector<uint16_t> shares;
 };
 
 // Whether each row lies in one piece; the rows may stand apart (a slice of a fused projection).

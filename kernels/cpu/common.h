@@ -27,7 +27,7 @@ namespace specfx {
 
 using at::Tensor;
 constexpr int64_t kMaskBits = 64;
-constexpr int64_t kLanes = 16;  // queries (pairs of row and head) that share one vector, and one work item
+constexpr int64_t kLanes = 16;  // floats of a vector, and most queries (pairs of row and head) of a work item
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
 typedef float Vec __attribute__((vector_size(64)));
 
