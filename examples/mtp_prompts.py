@@ -354,6 +354,11 @@ def retrieval(pick: random.Random, texts: list[str]) -> str:
     return "\n\n".join([*passages, asked])
 
 
+def records(prompts: dict[str, str]) -> list[dict[str, object]]:
+    """What is written: each prompt with its category."""
+    return [{"category": name, "messages": [{"role": "user", "content": text}]} for text, name in prompts.items()]
+
+
 def make_on_articles(count: int, texts: list[str], seed: int = 0) -> list[dict[str, object]]:
     """`count` different prompts, half of them on `texts`."""
     pick = random.Random(seed)
@@ -367,7 +372,7 @@ def make_on_articles(count: int, texts: list[str], seed: int = 0) -> list[dict[s
     while len(prompts) < count:
         name = pick.choice(list(makers))
         prompts[makers[name]()] = name
-    return [{"category": name, "messages": [{"role": "user", "content": text}]} for text, name in prompts.items()]
+    return records(prompts)
 
 
 def articles(data: Path, model: str) -> list[str]:
@@ -412,22 +417,18 @@ def asked(count: int, model: str, seed: int = 0) -> list[dict[str, object]]:
                 if (ended or begun.startswith("Summarize")) and len(text) > 12 and "<|" not in text and text not in prompts:
                     prompts[text] = "asked_" + (opening.split(" ")[0].strip("{}:").lower() or "freely")
             bar.update(len(prompts) - bar.n)
-    return [{"category": name, "messages": [{"role": "user", "content": text}]} for text, name in prompts.items()][:count]
+    return records(prompts)[:count]
 
 
 def make(count: int, seed: int = 0) -> list[dict[str, object]]:
     """`count` different prompts."""
     pick = random.Random(seed)
     names = [name for name, (_, share) in MAKERS.items() for _ in range(share)]
-    seen: set[str] = set()
-    prompts: list[dict[str, object]] = []
+    prompts: dict[str, str] = {}
     while len(prompts) < count:
         name = pick.choice(names)
-        text = MAKERS[name][0](pick)
-        if text not in seen:
-            seen.add(text)
-            prompts.append({"category": name, "messages": [{"role": "user", "content": text}]})
-    return prompts
+        prompts.setdefault(MAKERS[name][0](pick), name)
+    return records(prompts)
 
 
 def main() -> None:
@@ -440,6 +441,8 @@ def main() -> None:
     arguments.add_argument("--asked", action="store_true")
     arguments.add_argument("--model")
     options = arguments.parse_args()
+    if (options.asked or options.articles) and not options.model:
+        arguments.error("--asked and --articles need --model")
     if options.asked:
         prompts = asked(options.count, options.model, options.seed)
     elif options.articles:
@@ -450,7 +453,7 @@ def main() -> None:
         for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             text = record.get("question") or record["prompt"]
-            prompts.append({"category": file.stem, "messages": [{"role": "user", "content": text}]})
+            prompts += records({text: file.stem})
     random.Random(options.seed).shuffle(prompts)
     options.out.write_text("".join(json.dumps(p) + "\n" for p in prompts), encoding="utf-8")
     print(f"{len(prompts)} prompts in {options.out}")

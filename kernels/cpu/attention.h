@@ -1,8 +1,8 @@
 // Tree attention over paged KV: a work item is (sequence, KV head, up to 16 queries), where the queries are all rows of the tree times
-// the heads of the group. In float32 and on AMX tiles a vector holds the same thing for 16 queries (scores lie key by key): nothing is
-// summed across a vector, and keys need no transposition. On AVX-512 BF16 vectors it holds 16 keys' scores, or 16 columns of values, of
-// one query (scores lie query by query), so few queries take little time. In bfloat16 probabilities are rounded to bfloat16, as flash
-// attention does.
+// the heads of the group. On AVX-512 BF16 vectors, a vector holds 16 keys' scores, or 16 columns of values, of one query (scores lie query
+// by query), so few queries take little time. On AMX tiles, and in float32 and float16, it holds the same thing for 16 queries (scores lie
+// key by key): nothing is summed across a vector, and keys need no transposition. In bfloat16 probabilities are rounded to bfloat16, as
+// flash attention does.
 #pragma once
 
 #include "common.h"
@@ -32,6 +32,7 @@ class Attention {
 #endif
 #ifdef SPECFX_AMX
     tiles = dots && dk % 32 == 0 && page % 16 == 0 && has_tiles();
+    dots = dots && !tiles;
 #endif
   }
 
@@ -89,9 +90,8 @@ class Attention {
       head_of[i] = item.group * share + query % share;
       standing[i] = length + b.depth(row0 + row_of[i], row_of[i], rows);
     }
-    by_query = dots && !tiles;
     stride = (keys - from + kBlock - 1) / kBlock * kBlock;
-    lines.resize(by_query ? count * stride : (keys - from + 32) * kLanes);
+    lines.resize(dots ? count * stride : (keys - from + 32) * kLanes);
     find_slots();
     if (item.group == 0 && item.first == 0) {
       to_fetch = item.sequence + 1 < b.sequences ? b.lengths[item.sequence + 1] : 0;
@@ -114,7 +114,7 @@ class Attention {
   const T* query(int64_t lane) const { return Q + ((row0 + row_of[lane]) * heads + head_of[lane]) * dk; }
   T* result(int64_t lane) const { return O + ((row0 + row_of[lane]) * heads + head_of[lane]) * dv; }
   float* line(int64_t position) { return &lines[(position - from) * kLanes]; }  // 16 queries' scores of one key
-  float& score(int64_t position, int64_t lane) { return lines[by_query ? lane * stride + position - from : (position - from) * kLanes + lane]; }
+  float& score(int64_t position, int64_t lane) { return lines[dots ? lane * stride + position - from : (position - from) * kLanes + lane]; }
 
   // While `passed` keys of this sequence are computed, a like part of the next sequence's comes from memory into the second cache.
   void fetch(int64_t passed) {
@@ -155,7 +155,7 @@ class Attention {
 
   // Scale and cap the scores, and hide what a query doesn't see.
   void settle() {
-    const int64_t lanes = by_query ? count : kLanes, all = by_query ? count * stride : (keys - from) * kLanes;
+    const int64_t lanes = dots ? count : kLanes, all = dots ? count * stride : (keys - from) * kLanes;
     for (int64_t i = 0; i < all; i += kLanes) store(&lines[i], load(&lines[i]) * scale);
     if (softcap > 0)
       for (int64_t i = 0; i < all; ++i) lines[i] = softcap * std::tanh(lines[i] / softcap);
@@ -477,12 +477,11 @@ class Attention {
   const float scale, softcap;
   const float* sinks;
   const int64_t skip;
-  bool dots = false, tiles = false;  // which instructions the products run on
+  bool dots = false, tiles = false;  // which instructions the products run on; on dots, scores lie query by query
   // of the present item
   Item item;
   int64_t row0, rows, length, count, keys, from;
-  bool by_query;   // whether scores lie query by query, `stride` from each other, and not key by key
-  int64_t stride;
+  int64_t stride;  // on dots: what the scores of two queries lie apart
   const int32_t* table;
   bool causal;
   int64_t row_of[kLanes], head_of[kLanes], standing[kLanes];
