@@ -427,7 +427,7 @@ def test_packing_of_llama() -> None:
         """\
 @ nodes
 -layers 0..1 (2 alike), in0 = %0, then the layer before's %50, in1 = %8, in2 = %11:
-+layers 0..1 (2 alike), in0 = %0, then the layer before's %50, packed_a = packed_0, 4 bf16[2, 1, 2, 16, 16, 2], in1 = %8, in2 = %11, packed_b = packed_1, 5 bf16[1, 1, 2, 16, 16, 2], packed_c = packed_2, 6 bf16[4, 1, 2, 16, 16, 2], packed_d = packed_3, 7 bf16[1, 2, 2, 16, 16, 2]:
++layers 0..1 (2 alike), in0 = %0, then the layer before's %50, packed_a = packed_0, 4 bf16[2, 1, 16, 32, 2], in1 = %8, in2 = %11, packed_b = packed_1, 5 bf16[1, 1, 16, 32, 2], packed_c = packed_2, 6 bf16[4, 1, 16, 32, 2], packed_d = packed_3, 7 bf16[1, 2, 16, 32, 2]:
 @ layers 0..1 (2 alike)
 -  %8: bf16[1, s0, 32] = aten.linear(%7, *.self_attn.q_proj.weight bf16[32, 32])
 -  %9: bf16[1, s0, 4, 8] = aten.view(%8, [1, s0, -1, 8])
@@ -466,7 +466,7 @@ def test_packing_of_llama() -> None:
 @ nodes
 -  %21: bf16[1, s0, 128] = aten.linear(%20, model.lm_head.weight bf16[128, 32])
 -return (%21, %20)
-+  %a0: bf16[1, s0, 128] = specfx.packed_linear(%20, packed_8 bf16[4, 1, 2, 16, 16, 2], None, 128)
++  %a0: bf16[1, s0, 128] = specfx.packed_linear(%20, packed_8 bf16[4, 1, 16, 32, 2], None, 128)
 +return (%a0, %20)""",
     )
 

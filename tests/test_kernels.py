@@ -516,7 +516,7 @@ def test_several_threads_give_what_one_gives(kernels: cpu_build.CpuKernels) -> N
 def test_unpack_is_the_inverse_of_pack(n: int, blocks: int) -> None:
     weight = torch.randn(n, blocks * 32).bfloat16()
     packed = pack(weight)
-    assert packed.shape == (-(-n // 32), blocks, 2, 16, 16, 2)
+    assert packed.shape == (-(-n // 32), blocks, 16, 32, 2)
     assert torch.equal(unpack(packed, n), weight)
     assert not unpack(packed, packed.shape[0] * 32)[n:].any()
 
@@ -576,11 +576,11 @@ def test_packed_linear_refuses_what_it_would_misread() -> None:
 # --- building -------------------------------------------------------------------------------------------------------------------
 
 
-def python(code: str, **environment: str) -> subprocess.Popen[str]:
+def python(code: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     """A fresh interpreter that can import this module."""
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     return subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -627,32 +627,42 @@ def test_without_a_working_compiler_the_references_serve(tmp_path: Path) -> None
     assert served == "references serve"
 
 
-WITHOUT_TILES = """
-import torch, test_kernels
+OTHER_FORM = """
+import ctypes, sys, torch, test_kernels
 from specfx.kernels import cpu_build
 kernels = cpu_build.load()
 assert kernels.packs
-torch.set_num_threads(1)
+products = [0]
+def on_tiles():  # which form it was that ran
+    if sys.argv[1] == "emulated":
+        products.append(ctypes.CDLL(str(kernels.path)).products_on_emulated_tiles())
+        assert products[-1] > products[-2]
 for n, k, biased in ((33, 96, True), (70, 128, False)):
     test_kernels.test_packed_linear_kernel_agrees_with_the_reference(n, k, biased)
+    on_tiles()
 rows = [test_kernels.TREE, test_kernels.causal_run(1), test_kernels.tree_of(20)]
 for sizes, window in (((2, 3, 64, 64, 16), 0), ((1, 4, 32, 48, 16), 7)):
     shape = test_kernels.Shape(*sizes, window=window, dtype=torch.bfloat16)
     batch = test_kernels.make_batch(shape, [70, 3, 200], rows, 0)
     got, expected = batch.run(test_kernels.tree_attention_)[0], test_kernels.dense_attention(batch)
     torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
-print("vectors serve")
+    on_tiles()
+print("served")
 """
 
 
-def test_vectors_serve_where_there_are_no_tiles(kernels: cpu_build.CpuKernels, tmp_path: Path) -> None:
-    """On a CPU that has both, the build that leaves the tiles out. (Elsewhere all other tests are of the one form that there is.)"""
-    if not kernels.packs or "amx_bf16" not in cpu_build.cpu_flags():
-        pytest.skip("this CPU has no tiles to leave out, or no packed linears at all")
+def test_the_form_for_other_cpus_serves(kernels: cpu_build.CpuKernels, tmp_path: Path) -> None:
+    """On a CPU that has tiles, the build that leaves them out; on one that has none, the build for tiles, which are emulated. (All other
+    tests are of the form for this CPU.)"""
+    if not kernels.packs:
+        pytest.skip("this CPU has no bfloat16 vectors, which both forms need")
+    emulated = "amx_bf16" not in cpu_build.cpu_flags()
+    options = f"-include {Path(__file__).parent / 'emulated_tiles.h'}" if emulated else "-mno-amx-tile -mno-amx-bf16"
     compiler = tmp_path / "compiler"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -mno-amx-tile -mno-amx-bf16\n')
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" {options}\n')
     compiler.chmod(0o755)
-    assert finish(python(WITHOUT_TILES, SPECFX_CACHE=str(tmp_path / "cache"), CXX=str(compiler))) == "vectors serve\n"
+    process = python(OTHER_FORM, "emulated" if emulated else "", SPECFX_CACHE=str(tmp_path / "cache"), CXX=str(compiler))
+    assert finish(process) == "served\n"
 
 
 LOAD = "from specfx.kernels import cpu_build; print(cpu_build.load().path)"

@@ -571,15 +571,15 @@ def test_linears_that_share_an_input_are_packed_behind_each_other() -> None:
 -  %8: bf16[1, s0, 24] = aten.slice(%7, 2, 0, 24)
 -  %9: bf16[1, s0, 24] = aten.linear(%6, up.weight bf16[24, 32], up.bias bf16[24])
 -  %10: bf16[1, s0, 24] = aten.mul(%8, %9)
-+  %a0: bf16[1, s0, 40] = specfx.packed_linear(%0, packed_0 bf16[2, 1, 2, 16, 16, 2], None, 40)
++  %a0: bf16[1, s0, 40] = specfx.packed_linear(%0, packed_0 bf16[2, 1, 16, 32, 2], None, 40)
 +  %a1: bf16[1, s0, 32] = aten.slice(%a0, -1, 0, 32)
 +  %a2: bf16[1, s0, 8] = aten.slice(%a0, -1, 32, 40)
 +  %3: bf16[1, s0, 1] = aten.sum(%a2, [-1], True)
 +  %4: bf16[1, s0, 32] = aten.mul(%a1, %3)
-+  %a3: bf16[1, s0, 32] = specfx.packed_linear(%0, packed_1 bf16[1, 1, 2, 16, 16, 2], b.bias bf16[32], 32)
++  %a3: bf16[1, s0, 32] = specfx.packed_linear(%0, packed_1 bf16[1, 1, 16, 32, 2], b.bias bf16[32], 32)
 +  %6: bf16[1, s0, 32] = aten.add(%4, %a3)
 +  %a4: bf16[64] = aten.cat([gate.bias bf16[40], up.bias bf16[24]])
-+  %a5: bf16[1, s0, 64] = specfx.packed_linear(%6, packed_2 bf16[2, 1, 2, 16, 16, 2], %a4, 64)
++  %a5: bf16[1, s0, 64] = specfx.packed_linear(%6, packed_2 bf16[2, 1, 16, 32, 2], %a4, 64)
 +  %a6: bf16[1, s0, 40] = aten.slice(%a5, -1, 0, 40)
 +  %a7: bf16[1, s0, 24] = aten.slice(%a5, -1, 40, 64)
 +  %8: bf16[1, s0, 24] = aten.slice(%a6, 2, 0, 24)
@@ -587,7 +587,7 @@ def test_linears_that_share_an_input_are_packed_behind_each_other() -> None:
 @ nodes
 -  %14: bf16[1, s0, 16] = aten.linear(%13, head.weight bf16[16, 32])
 -return (%14, %13)
-+  %a8: bf16[1, s0, 16] = specfx.packed_linear(%13, packed_3 bf16[1, 1, 2, 16, 16, 2], None, 16)
++  %a8: bf16[1, s0, 16] = specfx.packed_linear(%13, packed_3 bf16[1, 1, 16, 32, 2], None, 16)
 +return (%a8, %13)""",
     )
 

@@ -31,40 +31,43 @@ struct PackedLinear {
 
 // On vectors (AVX-512 BF16): a vector holds one pair of inputs' weights for 16 columns, and serves a group of rows from the registers.
 struct OnVectors : PackedLinear {
-  static constexpr int64_t kRows = 12;  // of a group: 24 vectors of sums
-  static constexpr int64_t kLines = 32;  // cache lines of weights in a block of 32 rows
+  static constexpr int64_t kRows = 14;  // of a group: 28 vectors of sums, two of weights and one of inputs
 
   // Column blocks `begin` to `end`. While one is computed the next comes into the second cache, a part with each group of rows: what
   // limits few rows is reading the weights, many rows arithmetic, and so neither waits for the other.
   void run(int64_t begin, int64_t end) const {
-    const int64_t groups = (m + kRows - 1) / kRows, lines = (kLines + groups - 1) / groups;
+    const int64_t groups = (m + kRows - 1) / kRows;
     for (int64_t block = begin; block < end; ++block)
       for (int64_t g = 0; g < groups; ++g) {
-        const int64_t row = m * g / groups, rows = m * (g + 1) / groups - row, fetched = std::clamp<int64_t>(kLines - g * lines, 0, lines);
-        const char* next = reinterpret_cast<const char*>(block_of(block + 1)) + g * lines * row_blocks * 64;
-        of_height<kRows>(block, row, rows, next, fetched);
+        const int64_t row = m * g / groups;
+        of_height<kRows>(block, row, m * (g + 1) / groups - row, row_blocks * g / groups, row_blocks * (g + 1) / groups);
       }
   }
 
   template <int64_t height>
-  void of_height(int64_t block, int64_t row, int64_t rows, const char* next, int64_t lines) const {
+  void of_height(int64_t block, int64_t row, int64_t rows, int64_t from, int64_t to) const {
     if constexpr (height > 1)
-      if (rows < height) return of_height<height - 1>(block, row, rows, next, lines);
-    group<height>(block, row, next, lines);
+      if (rows < height) return of_height<height - 1>(block, row, rows, from, to);
+    group<height>(block, row, from, to);
   }
 
-  // next, lines: where what is to be fetched begins, and how much of it for each block of rows.
+  // from, to: the row blocks of the next column block that are fetched.
   template <int64_t rows>
-  void group(int64_t block, int64_t row, const char* next, int64_t lines) const {
+  void group(int64_t block, int64_t row, int64_t from, int64_t to) const {
     const uint16_t *w = block_of(block), *a = x + row * k;
     __m512 left[rows], right[rows];
     for (int64_t r = 0; r < rows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
-      for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+      const bool fetches = kb >= from && kb < to;
+      const char* next = reinterpret_cast<const char*>(w + row_blocks * 1024);
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < 16; ++pair) {
-        const __m512bh first = (__m512bh)_mm512_loadu_si512(w + pair * 32), second = (__m512bh)_mm512_loadu_si512(w + 512 + pair * 32);
-#pragma GCC unroll 12
+        if (fetches) {  // a little at a time: many at once would keep the weights at hand waiting
+          _mm_prefetch(next + pair * 128, _MM_HINT_T1);
+          _mm_prefetch(next + pair * 128 + 64, _MM_HINT_T1);
+        }
+        const __m512bh first = (__m512bh)_mm512_loadu_si512(w + pair * 64), second = (__m512bh)_mm512_loadu_si512(w + pair * 64 + 32);
+#pragma GCC unroll 14
         for (int64_t r = 0; r < rows; ++r) {
           int32_t both;
           std::memcpy(&both, a + r * k + pair * 2, sizeof both);
@@ -119,14 +122,14 @@ struct OnTiles : PackedLinear {
     for (int64_t kb = 0; kb < row_blocks; ++kb, a += 32, first += 1024, second += 1024) {
       prefetch(first);
       _tile_loadd(4, a, k * 2);
-      _tile_loadd(6, first, 64);
-      _tile_loadd(7, first + 512, 64);
+      _tile_loadd(6, first, 128);
+      _tile_loadd(7, first + 32, 128);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (blocks == 2) {
         prefetch(second);
-        _tile_loadd(6, second, 64);
-        _tile_loadd(7, second + 512, 64);
+        _tile_loadd(6, second, 128);
+        _tile_loadd(7, second + 32, 128);
         _tile_dpbf16ps(2, 4, 6);
         _tile_dpbf16ps(3, 4, 7);
       }
@@ -153,8 +156,8 @@ struct OnTiles : PackedLinear {
     for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
       if (row == 0) prefetch(w);
       _tile_loadd(4, a, k * 2);
-      _tile_loadd(6, w, 64);
-      _tile_loadd(7, w + 512, 64);
+      _tile_loadd(6, w, 128);
+      _tile_loadd(7, w + 32, 128);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       if (lower) {
