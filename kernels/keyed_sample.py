@@ -16,13 +16,13 @@ their sums are exact, whichever way they are added up, so every kernel keeps the
 =========  ===================  ===================================================================================
 argument   shape                meaning
 =========  ===================  ===================================================================================
-logits     floating ``[R, V]``  of any scale, taken as float32; -inf is never drawn
+logits     floating ``[R, V]``  of any scale, taken as float32; -inf is never drawn, and nothing of a row with inf or NaN
 keys       int64 ``[R, 3]``     seed, sequence, position (below 2**32) of each row's draw
 warp       float64 ``[R, 4]``   temperature (0: the argmax of the logits, no draw), top-k (0: all), top-p (1: all),
                                 min-p (0: all)
 =========  ===================  ===================================================================================
 
-Returns int64 ``[R]``.
+Returns int64 ``[R]``, -1 where there was a draw and nothing could be drawn.
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def keyed_sample_reference(logits: Tensor, keys: Tensor, warp: Tensor) -> Tensor
     chosen = logits.float().argmax(-1)
     drawn = warp[:, 0].float().nonzero()[:, 0]
     if len(drawn):
-        chosen[drawn] = (warped(logits[drawn], warp[drawn]) + keyed_gumbel(keys[drawn], logits.shape[1])).argmax(-1)
+        left = warped(logits[drawn], warp[drawn])
+        best = (left + keyed_gumbel(keys[drawn], logits.shape[1])).argmax(-1)
+        chosen[drawn] = torch.where((logits[drawn].float().amax(-1) < torch.inf) & (left.amax(-1) > -torch.inf), best, -1)
     return chosen
 
 

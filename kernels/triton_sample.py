@@ -136,8 +136,8 @@ def _cut(logits, warp, cuts, firsts, vocabulary, logits_r, warp_r, warp_c, BLOCK
 def _draw(
     logits, keys, warp, cuts, firsts, scores, entries, vocabulary, logits_r, keys_r, keys_c, warp_r, PART: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Grid (R, parts). scores: float32 ``[R, parts]``, the best of each part; entries: int32 ``[R, parts]``, where it is. logits_r,
-    keys_r, keys_c, warp_r: strides."""
+    """Grid (R, parts). scores: float32 ``[R, parts]``, the best of each part, NaN if a drawn one has a logit that is NaN or inf; entries:
+    int32 ``[R, parts]``, where it is. logits_r, keys_r, keys_c, warp_r: strides."""
     at_row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     key = keys + at_row * keys_r
     seed, sequence, position = tl.load(key), tl.load(key + keys_c), tl.load(key + 2 * keys_c)
@@ -147,10 +147,13 @@ def _draw(
     zero = tl.full([BLOCK // 4], 0, tl.uint32)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at = tl.full([BLOCK], 0, tl.int32)
+    strange = tl.full([BLOCK], 0, tl.int32)
     for at in range(part * PART, tl.minimum((part + 1) * PART, vocabulary), BLOCK):
         v = at + tl.arange(0, BLOCK)
         score = _scores(logits + at_row * logits_r, v, vocabulary, temperature)
         if temperature != 0:
+            logit = tl.load(logits + at_row * logits_r + v, mask=v < vocabulary, other=0.0).to(tl.float32)
+            strange |= ((logit != logit) | (logit == float("inf"))).to(tl.int32)
             counter = (at // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
             w0, w1, w2, w3 = tl.philox(seed, counter, zero + place, zero + low, zero + high)
             words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
@@ -161,7 +164,7 @@ def _draw(
         best = tl.maximum(score, best)
     top = tl.max(best)
     here = at_row * tl.num_programs(1) + part
-    tl.store(scores + here, top)
+    tl.store(scores + here, tl.where(tl.max(strange) > 0, float("nan"), top))
     tl.store(entries + here, tl.min(tl.where(best == top, best_at, vocabulary)))
 
 
@@ -171,12 +174,15 @@ def _word(x):
 
 
 @jit
-def _best(scores, entries, out, parts, BLOCK: tl.constexpr):
-    """Grid (R). The entry of the best part, the first one of equals."""
+def _best(scores, entries, warp, out, parts, warp_r, BLOCK: tl.constexpr):
+    """Grid (R). The entry of the best part, the first one of equals; -1 if it was to be drawn and a part is NaN or none has anything.
+    warp_r: stride."""
     part, here = tl.arange(0, BLOCK), tl.program_id(0).to(tl.int64) * parts
     score = tl.load(scores + here + part, mask=part < parts, other=float("-inf"))
-    first = tl.min(tl.where((score == tl.max(score)) & (part < parts), part, BLOCK))
-    tl.store(out + tl.program_id(0), tl.load(entries + here + first).to(tl.int64))
+    first = tl.min(tl.where((score == tl.max(score)) & (part < parts), part, parts - 1))
+    nothing = (tl.max((score != score).to(tl.int32)) > 0) | (tl.max(score) == float("-inf"))
+    drawn = tl.load(warp + tl.program_id(0).to(tl.int64) * warp_r).to(tl.float32) != 0
+    tl.store(out + tl.program_id(0), tl.where(drawn & nothing, -1, tl.load(entries + here + first).to(tl.int64)))
 
 
 def keyed_sample_triton(logits: Tensor, keys: Tensor, warp: Tensor) -> Tensor:
@@ -202,7 +208,7 @@ def keyed_sample_triton(logits: Tensor, keys: Tensor, warp: Tensor) -> Tensor:
     _cut[(rows,)](logits, warp, cuts, firsts, vocabulary, stride, *warp_strides, BLOCK=CUT_BLOCK, num_warps=8, maxnreg=REGISTERS)
     strides = (stride, keys.stride(0), keys.stride(1), warp.stride(0))
     _draw[(rows, parts)](logits, keys, warp, cuts, firsts, scores, entries, vocabulary, *strides, PART=PART, BLOCK=BLOCK, num_warps=4)
-    _best[(rows,)](scores, entries, out, parts, BLOCK=power_of_two(parts), num_warps=1)
+    _best[(rows,)](scores, entries, warp, out, parts, warp.stride(0), BLOCK=power_of_two(parts), num_warps=1)
     return out
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import pickle
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +103,43 @@ def run_and_get_code(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tup
 
     result, codes = run_and_get_code(call, *args, **kwargs)
     return result, list(codes)
+
+
+@functools.cache
+def hold_device_guard() -> None:
+    """Keep torch from crashing where it was built for CUDA and there is no GPU: the first fake mode sets a device guard that belongs to
+    its thread, and once that thread has ended the next one crashes (`_ensureCUDADeviceGuardSet`; seen in 2.11, its code is the same in
+    2.13). So a thread that never ends sets it."""
+    if torch.version.cuda is None or torch.cuda.is_available() or not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
+        return
+    done = threading.Event()
+
+    def stay() -> None:
+        torch._C._ensureCUDADeviceGuardSet()
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stay, name="specfx-device-guard", daemon=True).start()
+    done.wait()
+
+
+def forward_hooks(module: torch.nn.Module) -> list[Any]:
+    """All that runs before or behind a module's `forward` (``_forward_hooks``, ``_forward_pre_hooks``)."""
+    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+
+
+def remove_forward_hooks(module: torch.nn.Module, unwanted: Callable[[Any], bool]) -> None:
+    """Remove the unwanted ones of `forward_hooks`."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if unwanted(hook)]:
+            del hooks[key]
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether anything runs before or behind the `forward` of every module (`register_module_forward_hook` and its like)."""
+    from torch.nn.modules import module
+
+    return bool(module._global_forward_hooks or module._global_forward_pre_hooks)
 
 
 def triton_version() -> str:

@@ -26,8 +26,10 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from specfx import _compat
 from specfx.errors import CaptureError
 from specfx.kernels.attention import attention
+from specfx.support import is_libraries
 
 MARKER = "specfx_marker"
 
@@ -46,6 +48,9 @@ def clone_sharing_storage(model: PreTrainedModel) -> PreTrainedModel:
         memo[id(wrapper)] = None
     clone = copy.deepcopy(model, memo)
     clone.__dict__.pop("generate", None)
+    for module in clone.modules():  # what a user hangs on the model is no part of it (`specfx.support.changed_by_hand`)
+        module.__dict__.pop("forward", None)
+        _compat.remove_forward_hooks(module, lambda hook: not is_libraries(hook))
     return clone.eval()
 
 
@@ -59,12 +64,13 @@ def shared_storage(module: nn.Module) -> dict[int, Any]:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Where every parameter and saved buffer lies, and what it holds, at one moment.
+    """What modules a model is made of, where every parameter and saved buffer lies, and what it holds, at one moment.
 
     `values` has a version counter and up to 64 numbers of each: changes through ``.data`` (as adapters are merged) go round the counters,
     and inference tensors have none.
     """
 
+    modules: tuple[type, ...]
     storage: tuple[tuple[int, torch.dtype, torch.device, torch.Size], ...]
     values: tuple[tuple[int, ...], bytes]
 
@@ -79,7 +85,7 @@ class Fingerprint:
             samples[t.device, t.dtype].append(flat[:: max(1, flat.numel() // 64)])
         # one copy from the device for each dtype
         numbers = b"".join(torch.cat(alike).view(torch.uint8).cpu().numpy().tobytes() for alike in samples.values())
-        return cls(storage, (versions, numbers))
+        return cls(tuple(map(type, model.modules())), storage, (versions, numbers))
 
 
 def refuse_strange_attention(module: nn.Module, mask: Tensor | None, more: dict[str, Any]) -> None:

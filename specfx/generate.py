@@ -27,7 +27,7 @@ from specfx.options import CommonOptions, parse
 from specfx.runtime import page_cache
 from specfx.runtime.decode import speculative_decode
 from specfx.runtime.stats import CallStats, Stats
-from specfx.support import require_plain_model
+from specfx.support import changed_by_hand, require_plain_model
 
 log = logging.getLogger("specfx")
 
@@ -53,7 +53,8 @@ class SpeculativeGenerate:
         self.stock_calls: Counter[str] = Counter()
         self.first_call: dict[str, float] = {}
         self.lock = threading.RLock()
-        self.__doc__ = type(model).generate.__doc__
+        self.__doc__, self.__name__ = type(model).generate.__doc__, "generate"
+        self.__signature__ = inspect.signature(functools.partial(type(model).generate, model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SpeculativeGenerate:
         model = memo.get(id(self.model))
@@ -69,7 +70,7 @@ class SpeculativeGenerate:
         with self.lock, torch.autocast(self.model.device.type, enabled=False):
             if self.prepared is None or not self.prepared.is_current(self.model):
                 if self.prepared is not None:
-                    log.warning("specfx: the weights of %s have been replaced; preparing anew", type(self.model).__name__)
+                    log.warning("specfx: weights or modules of %s have been replaced; preparing anew", type(self.model).__name__)
                 self.prepared, self.drafter = Prepared(self.model, self.common), None
             if self.drafter is None:
                 self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
@@ -164,6 +165,8 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
         return "torch.autocast"
     if model.training and any(map(_drops_out, model.modules())):
         return "training mode with dropout"
+    if (changed := changed_by_hand(model)) is not None:
+        return changed
     for name in ("custom_generate", "assistant_model", "inputs_embeds", "negative_prompt_ids", "prompt_lookup_num_tokens"):
         if kwargs.get(name) is not None:
             return name
@@ -175,11 +178,13 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     if cache is not None and config.use_cache is False:
         return "past_key_values with use_cache=False"
     prompt = kwargs.get("input_ids", kwargs.get("inputs"))
-    if isinstance(prompt, torch.Tensor) and prompt.dtype not in (torch.int32, torch.int64):
-        return f"input_ids of {prompt.dtype}"
+    if isinstance(prompt, torch.Tensor) and (strange := _strange_prompt(model, prompt)) is not None:
+        return strange
     if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
         return "an attention mask that is not of the input_ids' shape"
-    if model.generation_config.stop_strings is not None and config.stop_strings == model.generation_config.stop_strings:
+    if (
+        model.generation_config.stop_strings is not None and config.stop_strings is not None
+    ):  # the model's would come back without a tokenizer
         return "stop_strings in the model's generation_config"
     for name in ("use_mtp", "token_healing"):
         if getattr(config, name, None):
@@ -194,6 +199,18 @@ def _drops_out(module: nn.Module) -> bool:
     """Whether a module's output is random while it trains: `nn.Dropout`, and rates that are handed to functions."""
     rates = [rate for name, rate in vars(module).items() if "drop" in name and isinstance(rate, float)]
     return module.training and any(rate > 0 for rate in [*rates, module.p if isinstance(module, nn.Dropout) else 0.0])
+
+
+def _strange_prompt(model: PreTrainedModel, prompt: torch.Tensor) -> str | None:
+    """What of a prompt is stock's to judge."""
+    if prompt.dtype not in (torch.int32, torch.int64):
+        return f"input_ids of {prompt.dtype}"
+    if prompt.dim() > 2:
+        return f"input_ids of {prompt.dim()} dimensions"
+    vocabulary = getattr(getattr(model.get_input_embeddings(), "weight", None), "shape", (None,))[0]
+    if prompt.numel() and (int(prompt.min()) < 0 or (vocabulary is not None and int(prompt.max()) >= vocabulary)):
+        return "token ids outside the vocabulary"
+    return None
 
 
 def _check_prompt(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -226,6 +243,7 @@ def _bind_stop_strings(config: GenerationConfig, kwargs: dict[str, Any]) -> dict
         kwargs["generation_config"] = copy.deepcopy(given)
         kwargs["generation_config"].stop_strings = None
     criteria = kwargs.get("stopping_criteria") or []
-    kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # else transformers takes the caller's own
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*criteria, StopStringCriteria(tokenizer, strings)])
     kwargs.pop("stop_strings", None)
     return kwargs

@@ -1,10 +1,45 @@
-"""Which models can be wrapped at all. What can be wrapped but not captured is no matter of this module: it falls back."""
+"""Which models can be wrapped at all, and which calls of a wrapped one are no longer those of its class. What can be wrapped but not
+captured is no matter of this module: it falls back."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
+from specfx import _compat
 from specfx.errors import UnsupportedModelError
+
+_STEPS_OF_GENERATE = ("_sample", "_prefill", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+
+
+def changed_by_hand(model: PreTrainedModel) -> str | None:
+    """What makes this model's generation another than that of transformers' class of it: hooks, a `forward` of an instance's own,
+    a step of `generate` that a class outside transformers defines. None if nothing does."""
+    for name in _STEPS_OF_GENERATE:
+        step = getattr(model, name, None)
+        if step is not None and not is_libraries(step):
+            return f"a {name} of the model's own"
+    if _compat.has_global_forward_hooks():
+        return "forward hooks on all modules"
+    for name, module in model.named_modules():
+        where = f"module {name!r}" if name else "the model"
+        if not all(map(is_libraries, _compat.forward_hooks(module))):
+            return f"a forward hook on {where}"
+        own = vars(module).get("forward")
+        if own is not None and not is_libraries(own) and not hasattr(module, "_hf_hook"):
+            return f"a forward of its own on {where}"
+    return None
+
+
+def is_libraries(function: Any) -> bool:
+    """Whether a function, and all that it wraps, is defined in transformers or torch."""
+    while function is not None:
+        names = getattr(getattr(function, "__func__", function), "__globals__", {})
+        if names.get("__name__", "").split(".")[0] not in ("transformers", "torch"):
+            return False
+        function = getattr(function, "__wrapped__", None)
+    return True
 
 
 def require_plain_model(model: PreTrainedModel) -> None:

@@ -483,7 +483,7 @@ def test_replaced_weights_are_said_once(caplog: pytest.LogCaptureFixture) -> Non
         ours(model, prompt_of())
         ours(model, prompt_of())
     assert [r.message for r in caplog.records if "replaced" in r.message] == [
-        "specfx: the weights of LlamaForCausalLM have been replaced; preparing anew"
+        "specfx: weights or modules of LlamaForCausalLM have been replaced; preparing anew"
     ]
 
 

@@ -234,9 +234,10 @@ inline int64_t draw(const Row& row, const Cut& cut, double min_p, const Philox& 
 inline int64_t sample(std::vector<float>& x, const int64_t* key, const double* warp) {
   const int64_t n = x.size();
   const float temperature = static_cast<float>(warp[0]);
+  if (!(greatest(x.data(), n) < std::numeric_limits<float>::infinity())) return -1;  // something is inf or NaN
   for (float& y : x) y = std::min(y / temperature, kLargest);
   const Row row(x.data(), n);
-  if (!(row.top > kHidden)) return best_of(x.data(), n).entry;  // nothing can be drawn, or something is NaN
+  if (!(row.top > kHidden)) return -1;
   Cut cut;
   if (warp[1] > 0 && warp[1] < static_cast<double>(n)) cut.value = row.kth(static_cast<int64_t>(warp[1]));
   if (warp[2] < 1) cut = nucleus(row, cut.value, warp[2]);

@@ -107,7 +107,15 @@ FAMILIES: tuple[Family, ...] = (
         count="mtp_num_hidden_layers",
     ),
     Family("EXAONE-MoE", ("exaone_moe",), layer=("mtp.layers.{i}.",), parts=_QWEN_PARTS, root="mtp.", ignored=()),
-    Family("Mellum", ("mellum",), layer=("mtp.layers.{i}.",), parts=_QWEN_PARTS, root="mtp.", ignored=()),
+    Family(
+        "Mellum",
+        ("mellum",),
+        layer=("mtp.layers.{i}.",),
+        parts=_QWEN_PARTS,
+        root="mtp.",
+        ignored=(),
+        kinds={"layer_types": "sliding_attention", "mlp_layer_types": "sparse"},
+    ),
     Family(
         "MiMo-7B",
         ("mimo",),

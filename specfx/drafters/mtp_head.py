@@ -239,7 +239,9 @@ class MtpHead(nn.Module):
         z = self._joined(embedded, hidden)
         rotation = {}
         if rotary is not None:
-            angles = rotary(z, positions, *([self.rope_type] if self.rope_type else []))
+            # transformers 5.17 wants Qwen3.5's positions in time, height and width, which are equal for text
+            grid = positions.expand(3, *positions.shape) if hasattr(rotary, "mrope_section") else positions
+            angles = rotary(z, grid, *([self.rope_type] if self.rope_type else []))
             rotation["position_embeddings"] = {self.rope_type: angles} if self.wiring.streams else angles
         z = self.layer(z, attention_mask=mask, position_ids=positions, past_key_values=kv, use_cache=kv is not None, **rotation)
         if kv is not None:

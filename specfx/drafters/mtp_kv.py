@@ -53,6 +53,10 @@ class HeadKV:
     def get_conv_state(self, *_: object, **__: object) -> None:
         """No state to be updated in place: the layer takes `update_conv_state` for single rows too."""
 
+    def has_previous_state(self, *_: object) -> bool:
+        """What transformers 5.17 asks instead of `get_conv_state`."""
+        return False
+
     def get_seq_length(self, *_: object) -> int:
         return self.length
 

@@ -27,7 +27,7 @@ import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from specfx import gate
+from specfx import _compat, gate
 from specfx.artifacts import shelf, worker
 from specfx.artifacts.shelf import Shelf
 from specfx.capture import Fingerprint, clone_sharing_storage
@@ -62,6 +62,7 @@ class Prepared:
     """
 
     def __init__(self, model: PreTrainedModel, options: CommonOptions) -> None:
+        _compat.hold_device_guard()
         self.options = options
         self.lock = threading.RLock()  # held while a call uses the engines, whichever wrapper it came through, and while a model is traced
         self.fingerprint = Fingerprint.of(model)
@@ -293,9 +294,10 @@ class Prepared:
             self._packs = False
 
     def is_current(self, model: PreTrainedModel) -> bool:
-        """Whether the weights still lie where they were captured; values changed in place are followed. False: prepare anew."""
+        """Whether the modules are of the kinds that were captured, and the weights lie where they did; values changed in place are
+        followed. False: prepare anew."""
         now = Fingerprint.of(model)
-        if now.storage != self.fingerprint.storage:
+        if (now.modules, now.storage) != (self.fingerprint.modules, self.fingerprint.storage):
             return False
         self.fingerprint = now
         return True

@@ -131,9 +131,10 @@ class _DraftStep(nn.Module):
 
         positions = tree_positions(tree_mask, lengths, row_starts, input_ids)
         fed, made, new_tails = self.head.take(hidden), [], []
+        read = chosen[None].clamp(min=0)  # -1 where nothing could be drawn, of which the host makes an error
         for k in range(len(layers)):
             drafts = k > 0 or (len(layers) == 1 and self.shape.num_steps > 1)
-            pairs = over(k, chosen[None], fed, positions, (tree_mask, page_table, lengths, row_starts, nothing if drafts else moves))
+            pairs = over(k, read, fed, positions, (tree_mask, page_table, lengths, row_starts, nothing if drafts else moves))
             made.append(pairs[0].index_select(0, leaf)[:, None])
             if k + 1 < len(layers):
                 assert tails is not None

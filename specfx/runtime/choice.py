@@ -78,11 +78,21 @@ class AsDrawn:
             self.scores.append(processed.clone())
         keys, warp = draw_tables(self.draws, [input_ids.shape[1] - pad for pad in self.pads])
         tokens = keyed_sample(scores if self.warps else processed, keys.to(scores.device), warp.to(scores.device))
+        require_drawn(tokens.tolist())
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
+def require_drawn(tokens: Sequence[int]) -> None:
+    """Raise stock's error where there was nothing to draw (`keyed_sample` answers -1)."""
+    if min(tokens) < 0:
+        raise RuntimeError(
+            "probability tensor contains either `inf`, `nan` or element < 0: the model's or a processor's scores can't be drawn from"
+        )
+
+
 def next_tokens(sequences: Sequence[SequenceState], scores: Sequence[Tensor]) -> list[int]:
-    """The next token of each of `sequences`, chosen from its scores ``[V]``, all on one device: what an engine would choose."""
+    """The next token of each of `sequences`, chosen from its scores ``[V]``, all on one device: what an engine would choose. Raises
+    `RuntimeError` where there is nothing to draw."""
     rows = torch.stack(list(scores))
     best = rows.argmax(-1)  # not the op's, which is in float32: a processor may have answered in float64
     if all(s.draw is None for s in sequences):
@@ -90,6 +100,7 @@ def next_tokens(sequences: Sequence[SequenceState], scores: Sequence[Tensor]) ->
         return greedy
     keys, warp = (x.to(rows.device) for x in draw_tables([s.draw for s in sequences], [len(s.tokens) for s in sequences]))
     tokens: list[int] = torch.where(warp[:, 0] == 0, best, keyed_sample(rows, keys, warp)).tolist()
+    require_drawn(tokens)
     return tokens
 
 

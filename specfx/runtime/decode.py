@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,7 @@ from specfx.runtime.session import Arrival, Committed, Runtime
 from specfx.runtime.stats import CallStats
 
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
+NOTHING_VERIFIED = "no engine can verify drafts on this model"
 FEWEST_SHARED = 16
 """Tokens that a prompt must have in common with another sequence to share its memory: copying the rest of a page costs as much as running
 about so many."""
@@ -57,10 +59,6 @@ def stock_reason(
     pages: PageCache | None = None,
 ) -> str | None:
     """Why this call goes to the stock method; None if it is accelerated."""
-    if engine.name == "stock":
-        return Reason.ENGINE_NOT_READY.value
-    if engine.verifies == "nothing":
-        return "no engine can verify drafts on this model"
     if any(refusal.reason is Reason.HEAD_UNFED for refusal in drafter.refusals):
         return Reason.HEAD_UNFED.value
     if config.return_dict_in_generate:
@@ -74,7 +72,7 @@ def stock_reason(
     mask = inputs.get("attention_mask")
     if pages is not None and pages is not cache and not pages.is_of(input_ids, mask):
         return "input_ids that don't go on from past_key_values"
-    unknown = sorted(k for k, v in inputs.items() if v is not None and k not in _KNOWN_INPUTS)
+    unknown = sorted(k for k, v in inputs.items() if k not in _KNOWN_INPUTS and not (v is None or (isinstance(v, dict) and not v)))
     if unknown:
         return f"model inputs {', '.join(unknown)}"
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
@@ -82,8 +80,8 @@ def stock_reason(
     if mask is not None and not bool(mask.any(-1).all()):
         return "a row of padding only"
     if input_ids.shape[0] > 1:
-        other = [type(p).__name__ for p in processors if not isinstance(p, ROWWISE_PROCESSORS)]
-        other += [type(c).__name__ for c in criteria if not isinstance(c, ROWWISE_CRITERIA)]
+        other = [type(p).__name__ for p in processors if type(p) not in ROWWISE_PROCESSORS]
+        other += [type(c).__name__ for c in criteria if type(c) not in ROWWISE_CRITERIA]
         if other:
             return f"{', '.join(other)} may look across the rows of a batch"
         if streamer is not None:
@@ -91,7 +89,10 @@ def stock_reason(
         ending = [type(c).__name__ for c in criteria if isinstance(c, (MaxTimeCriteria, StopStringCriteria))]
         if ending and not any(isinstance(c, EosTokenCriteria) for c in criteria):  # then stock's rows go on until all have ended
             return f"{', '.join(ending)} over a batch without an end token"
-    return None
+    # Last, so that a call that will always be stock's is so from the beginning, drawn as stock draws.
+    if engine.name == "stock":
+        return Reason.ENGINE_NOT_READY.value
+    return NOTHING_VERIFIED if engine.verifies == "nothing" else None
 
 
 def speculative_decode(
@@ -123,15 +124,20 @@ def speculative_decode(
     if reason is not None:
         record_stock(reason)
         stock = functools.partial(type(model)._sample, model, input_ids, streamer=streamer, **inputs)
-        if reason == Reason.ENGINE_NOT_READY.value and config.do_sample:
+        if reason in (Reason.ENGINE_NOT_READY.value, NOTHING_VERIFIED) and config.do_sample:
             pads = _paddings(input_ids, inputs.get("attention_mask"))
-            return _drawn_by_stock(stock, pads, logits_processor, stopping_criteria, config)
-        return stock(logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=config)
+            output = _drawn_by_stock(stock, pads, logits_processor, stopping_criteria, config)
+        else:
+            output = stock(logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=config)
+        if reason == Reason.ENGINE_NOT_READY.value:  # a chat goes on with the engine when there is one
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            page_cache.note_stocks(cache or getattr(output, "past_key_values", None), model, sequences, inputs.get("attention_mask"))
+        return output
     mask = inputs.get("attention_mask")
     rows: list[list[int]] = input_ids.tolist()
     pads = _paddings(input_ids, mask)
     prompts = [row[pad:] for row, pad in zip(rows, pads, strict=True)]
-    limit = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=None)
+    limit = min((math.ceil(float(c.max_length)) for c in stopping_criteria if type(c) is MaxLengthCriteria), default=None)
     if limit is None:
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
     seed = _seed() if config.do_sample else None
@@ -215,7 +221,7 @@ def _drawn_by_stock(
         def judge(input_ids: Tensor, scores: Any, **more: Any) -> Any:
             return criterion(input_ids, None if drawn.scores is None else tuple(drawn.scores), **more)
 
-        return criterion if isinstance(criterion, ROWWISE_CRITERIA) else judge
+        return criterion if type(criterion) in ROWWISE_CRITERIA else judge
 
     greedy = copy.copy(config)
     greedy.do_sample = False

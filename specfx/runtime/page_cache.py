@@ -157,6 +157,16 @@ def fill(cache: DynamicCache, pages: PageCache, model: PreTrainedModel, sequence
         _beside[cache] = pages, _marks(cache.layers)
 
 
+def note_stocks(cache: Any, model: PreTrainedModel, sequences: Tensor, mask: Tensor | None) -> None:
+    """`cache` is what a call of the stock `generate` filled, which returned `sequences`: calls that go on from it may be accelerated."""
+    if isinstance(cache, PageCache):
+        cache.fill(model, sequences, mask, None)
+    elif type(cache) is DynamicCache and not cache.offloading and cache.get_seq_length() == sequences.shape[1] - 1:
+        pages = PageCache()
+        pages.fill(model, sequences, mask, None)
+        _beside[cache] = pages, _marks(cache.layers)
+
+
 def _with_layers(layers: list[Any]) -> DynamicCache:
     cache = DynamicCache()
     cache.layers = layers

@@ -83,9 +83,9 @@ class Stop:
         self.lengths: list[int] = []
         self.others = []
         for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
+            if type(criterion) is EosTokenCriteria:  # what is derived from it may judge otherwise
                 self.ends.update(criterion.eos_token_id.tolist())
-            elif isinstance(criterion, MaxLengthCriteria):
+            elif type(criterion) is MaxLengthCriteria:
                 self.lengths.append(criterion.max_length)
             else:
                 self.others.append(criterion)

@@ -30,7 +30,7 @@ from specfx.engines.base import Engine, Rows, RowsOutput
 from specfx.errors import KVPoolError
 from specfx.kernels.keyed_sample import Draw
 from specfx.runtime.budget import Budget, urgency
-from specfx.runtime.choice import Processor, Record, SequenceState, choose, next_tokens
+from specfx.runtime.choice import Processor, Record, SequenceState, choose, next_tokens, require_drawn
 from specfx.runtime.stats import CallStats
 from specfx.runtime.tree import EMPTY_TREE, DraftTree, merged
 
@@ -310,6 +310,7 @@ class Runtime:
             chosen = choose([sequences[i] for i in places], [outputs[i].logits[rows[i]] for i in places])
             for i, token in zip(places, chosen, strict=True):
                 tokens[i] = token
+        require_drawn(tokens)
         return tokens
 
     def _accept(self, walk: _Walk) -> Committed:

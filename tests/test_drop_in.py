@@ -1,0 +1,299 @@
+"""What users do to a model and to a call that a drop-in must not miss: the result is stock's, whatever it is, accelerated or not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from test_generate import stock, tokenizer
+from tiny import tiny_model
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria
+
+import specfx
+from specfx.engines.stock import StockEngine
+
+IDS = torch.arange(1, 11)[None]
+ENGINES = ("graph", "eager")
+
+
+def wrapped(model: PreTrainedModel | None = None, method: str | None = "suffix", engine: str = "graph") -> PreTrainedModel:
+    return specfx.speculate(model or tiny_model("llama"), method, engine=engine, compile="off")
+
+
+@pytest.fixture(scope="module")
+def prepared() -> Callable[..., PreTrainedModel]:
+    """For tests that leave the model as it was."""
+    models = {engine: tiny_model("llama") for engine in ENGINES}
+
+    def again(engine: str = "graph", method: str | None = "suffix") -> PreTrainedModel:
+        models[engine].generation_config = GenerationConfig()
+        return wrapped(models[engine], method, engine)
+
+    return again
+
+
+def assert_as_stock(model: PreTrainedModel, reason: str | None = None, **kwargs: Any) -> None:
+    """The call gives stock's tokens; accelerated, or (reason) handed over."""
+    before = specfx.explain(model).stock_calls
+    assert torch.equal(model.generate(IDS, max_new_tokens=8, **kwargs), stock(model, IDS, max_new_tokens=8, **kwargs))
+    reasons = list(specfx.explain(model).stock_calls - before)
+    assert len(reasons) == (reason is not None), reasons
+    assert reason is None or reason in reasons[0]
+
+
+@contextmanager
+def waiting_for_an_engine(model: PreTrainedModel) -> Iterator[None]:
+    """Stock serves `model`."""
+    keeper = model.generate.ready().keeper
+    engine, keeper.engine = keeper.engine, StockEngine()
+    try:
+        yield
+    finally:
+        keeper.engine = engine
+
+
+# --- models that were changed by hand ----------------------------------------------------------------------------------------------------
+
+
+def _hook(module: torch.nn.Module) -> Callable[[], None]:
+    return module.register_forward_hook(lambda module, inputs, output: output * 2).remove
+
+
+def _pre_hook(module: torch.nn.Module) -> Callable[[], None]:
+    return module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)).remove
+
+
+def _forward(module: torch.nn.Module) -> Callable[[], None]:
+    old = module.forward
+
+    @functools.wraps(old)
+    def steered(x: torch.Tensor) -> torch.Tensor:
+        return old(x) * 2
+
+    module.forward = steered  # type: ignore[method-assign]
+    return lambda: vars(module).pop("forward")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _forward])
+def test_hooks_and_forwards_take_part_as_long_as_they_are_there(change: Callable[..., Callable[[], None]], engine: str) -> None:
+    model = tiny_model("llama")
+    plain = stock(model, IDS, max_new_tokens=8)
+    undo = change(model.model.layers[0].mlp)
+    assert not torch.equal(stock(model, IDS, max_new_tokens=8), plain)
+    wrapped(model, engine=engine)  # prepared while it is there
+    assert_as_stock(model, "module 'model.layers.0.mlp'")
+    undo()
+    assert torch.equal(model.generate(IDS, max_new_tokens=8), plain)
+    assert_as_stock(model)
+    change(model.model.layers[0].mlp)  # and again, after the engines were prepared
+    assert_as_stock(model, "module 'model.layers.0.mlp'")
+
+
+def test_hooks_on_all_modules_take_part() -> None:
+    model = wrapped()
+    seen: list[str] = []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+    try:
+        assert_as_stock(model, "forward hooks on all modules")
+    finally:
+        hook.remove()
+    assert "LlamaMLP" in seen
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_transformers_hangs_on_a_model_is_no_hindrance(engine: str) -> None:
+    """Its hooks that collect hidden states stay once they were asked for."""
+    model = wrapped(engine=engine)
+    model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True, output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    assert_as_stock(model)
+    wrapped(model, "suffix", engine)
+    assert_as_stock(model)
+
+
+class Tripled(LlamaForCausalLM):
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] * 3
+        return inputs
+
+
+def test_a_class_that_prepares_its_inputs_itself_is_stocks() -> None:
+    model = tiny_model("llama")
+    plain = stock(model, IDS, max_new_tokens=8)
+    model.__class__ = Tripled
+    wrapped(model)
+    assert not torch.equal(stock(model, IDS, max_new_tokens=8), plain)
+    assert_as_stock(model, "prepare_inputs_for_generation")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_module_without_weights_can_be_replaced(engine: str) -> None:
+    model = wrapped(engine=engine)
+    plain = model.generate(IDS, max_new_tokens=8)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    assert_as_stock(model)
+    assert not torch.equal(model.generate(IDS, max_new_tokens=8), plain)
+
+
+# --- calls -------------------------------------------------------------------------------------------------------------------------------
+
+
+class Early(MaxLengthCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.max_length - 3)
+
+
+class AcrossRows(RepetitionPenaltyLogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores - 20 * torch.nn.functional.one_hot(input_ids[:, -1], scores.shape[1]).sum(0)
+
+
+def test_what_is_derived_from_a_known_criterion_or_processor_is_asked(prepared: Any) -> None:
+    model = prepared()
+    assert_as_stock(model, stopping_criteria=[Early(18)])
+    assert model.generate(IDS, max_new_tokens=8, stopping_criteria=[Early(18)]).shape[1] == 15
+    several = torch.cat([IDS, IDS + 7])
+    asked: dict[str, Any] = {"max_new_tokens": 8, "logits_processor": [AcrossRows(1.1)]}
+    assert torch.equal(model.generate(several, **asked), stock(model, several, **asked))
+    assert any("AcrossRows" in reason for reason in specfx.explain(model).stock_calls)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", [None, "suffix"])
+@pytest.mark.parametrize("how", ["nan", "inf", "processor"])
+def test_what_cannot_be_drawn_is_an_error_as_in_stock(how: str, method: str | None, engine: str) -> None:
+    model = wrapped(method=method, engine=engine)
+    asked: dict[str, Any] = {"max_new_tokens": 4}
+    if how == "processor":
+        asked["logits_processor"] = [lambda ids, scores: torch.full_like(scores, -torch.inf)]
+    else:
+        weight = torch.nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
+        weight[7] = float("nan") if how == "nan" else 1e38
+        model.lm_head.weight = weight
+    for generate in (functools.partial(stock, model), model.generate):
+        with pytest.raises(RuntimeError, match="probability tensor contains either `inf`, `nan` or element < 0"):
+            generate(IDS, do_sample=True, **asked)
+    assert torch.equal(model.generate(IDS, **asked), stock(model, IDS, **asked)), "greedy"
+    assert specfx.explain(model).pages_in_use == 0
+
+
+def test_nothing_to_draw_behind_a_prompt_is_an_error_while_there_is_no_engine(prepared: Any) -> None:
+    model = prepared()
+    with waiting_for_an_engine(model), pytest.raises(RuntimeError, match="probability tensor"):
+        model.generate(IDS, max_new_tokens=4, do_sample=True, logits_processor=[lambda ids, scores: scores * 0 - torch.inf])
+
+
+@pytest.mark.parametrize("as_config", [False, True])
+def test_stop_strings_of_a_call_beside_the_models(as_config: bool, prepared: Any) -> None:
+    model = prepared()
+    model.generation_config.stop_strings = ["<99>"]
+    asked: dict[str, Any] = {"generation_config": GenerationConfig(stop_strings=["<73>"])} if as_config else {"stop_strings": ["<73>"]}
+    assert_as_stock(model, "stop_strings in the model's generation_config", tokenizer=tokenizer(), **asked)
+
+
+def test_stop_strings_beside_a_criterion_of_the_callers(prepared: Any) -> None:
+    model = prepared()
+    text = stock(model, IDS, max_new_tokens=8)[0, 10:].tolist()
+    words = tokenizer()
+    asked = {"stop_strings": [f"<{text[1]}>"], "tokenizer": words}
+    assert_as_stock(model, stopping_criteria=[StopStringCriteria(words, [f"<{text[4]}>"])], **asked)
+
+
+@pytest.mark.parametrize("method", [None, "suffix"])
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("length", [5.0, 5.5, torch.tensor(5)], ids=str)
+def test_lengths_of_other_types(length: Any, engine: str, method: str | None, prepared: Any) -> None:
+    model = prepared(engine, method)
+    assert torch.equal(model.generate(IDS, max_new_tokens=length), stock(model, IDS, max_new_tokens=length))
+    assert not specfx.explain(model).stock_calls
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("token", [-1, 128])
+def test_tokens_outside_the_vocabulary_are_the_error_that_they_are_in_stock(token: int, engine: str, prepared: Any) -> None:
+    model = prepared(engine)
+    ids = IDS.clone()
+    ids[0, 3] = token
+    for generate in (functools.partial(stock, model), model.generate):
+        with pytest.raises(IndexError):
+            generate(ids, max_new_tokens=4)
+    assert_as_stock(model)
+
+
+def test_a_prompt_of_three_dimensions_is_the_error_that_it_is_in_stock(prepared: Any) -> None:
+    model = prepared()
+    errors = []
+    for generate in (functools.partial(stock, model), model.generate):
+        with pytest.raises(Exception, match=r".") as raised:
+            generate(IDS[None], max_new_tokens=4)
+        errors.append((raised.type, str(raised.value)))
+    assert errors[0] == errors[1]
+
+
+def test_text_for_a_model_that_also_takes_images_is_accelerated() -> None:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    tokens = {"mm_tokens_per_image": 4, "image_token_index": 120, "boi_token_index": 121, "eoi_token_index": 122}
+    text = tiny_model("gemma3")
+    config = Gemma3Config(text_config=text.config.to_dict(), vision_config=vision, tie_word_embeddings=False, **tokens)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.lm_head.load_state_dict(text.lm_head.state_dict())
+    model.generation_config = GenerationConfig()
+    wrapped(model)
+    assert_as_stock(model)
+    assert len(set(model.generate(IDS, max_new_tokens=8)[0, 10:].tolist())) > 3
+    image = torch.tensor([[5, 121, 120, 120, 120, 120, 122, 3]])
+    asked = {"max_new_tokens": 8, "pixel_values": torch.ones(1, 3, 28, 28), "token_type_ids": (image == 120).long()}
+    assert torch.equal(model.generate(image, **asked), stock(model, image, **asked))
+    assert any("model inputs" in reason for reason in specfx.explain(model).stock_calls)
+
+
+# --- before and after an engine is ready --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", [{"logits_processor": [lambda ids, scores: scores]}, {"cache_implementation": "dynamic"}], ids=["p", "c"])
+def test_a_sampled_call_that_is_always_stocks_is_so_from_the_beginning(asked: dict[str, Any], prepared: Any) -> None:
+    model = prepared()
+    several = torch.cat([IDS, IDS + 7])
+
+    def text(generate: Callable[..., torch.Tensor]) -> torch.Tensor:
+        torch.manual_seed(0)
+        return generate(several, max_new_tokens=8, do_sample=True, **asked)
+
+    with waiting_for_an_engine(model):
+        before = text(model.generate)
+    assert torch.equal(text(model.generate), before)
+    assert torch.equal(before, text(functools.partial(stock, model)))
+
+
+@pytest.mark.parametrize("kind", [specfx.PageCache, DynamicCache, None])
+def test_a_chat_that_began_without_an_engine_goes_on_with_it(kind: Any, prepared: Any) -> None:
+    model = prepared()
+    cache = None if kind is None else kind()
+    with waiting_for_an_engine(model):
+        first = model.generate(IDS, max_new_tokens=6, past_key_values=cache, return_dict_in_generate=True)
+    cache = first.past_key_values
+    calls = specfx.explain(model).stock_calls
+    text = first.sequences
+    for _ in range(2):
+        longer = torch.cat([text, IDS + 20], 1)
+        text = model.generate(longer, max_new_tokens=6, past_key_values=cache)
+        assert torch.equal(text, stock(model, longer, max_new_tokens=6))
+    assert specfx.explain(model).stock_calls == calls
+    assert specfx.stats(model).last.reused_tokens == longer.shape[1] - 11
