@@ -87,7 +87,7 @@ def explain(model: PreTrainedModel, graph: bool = False) -> Report:
     Raises `OptionError` if `speculate` was not called on it.
     """
     wrapper = _require_wrapper(model)
-    ladder, prepared, drafter = wrapper.ready(), wrapper.prepared, wrapper.drafter
+    ladder, prepared, drafter = wrapper.as_it_is(), wrapper.prepared, wrapper.drafter
     assert prepared is not None
     assert drafter is not None
     engine = ladder.engine

@@ -53,6 +53,7 @@ class SpeculativeGenerate:
         self.stock_calls: Counter[str] = Counter()
         self.first_call: dict[str, float] = {}
         self.lock = threading.RLock()
+        self._ladder: Ladder | None = None
         self.__doc__, self.__name__ = type(model).generate.__doc__, "generate"
         self.__signature__ = inspect.signature(functools.partial(type(model).generate, model))
 
@@ -74,7 +75,16 @@ class SpeculativeGenerate:
                 self.prepared, self.drafter = Prepared(self.model, self.common), None
             if self.drafter is None:
                 self.drafter = make_drafter(parse(self.method, self.options)[1], self.common, self.model)
-            return self.prepared.ladder(self.model, self.drafter.drafting, functools.partial(warm_up, self.drafter.name))
+            self._ladder = self.prepared.ladder(self.model, self.drafter.drafting, functools.partial(warm_up, self.drafter.name))
+            return self._ladder
+
+    def as_it_is(self) -> Ladder:
+        """What `ready` gives, but without waiting for a call that is running: that has made it ready."""
+        if self._ladder is not None and self.prepared is not None:
+            if not self.prepared.lock.acquire(blocking=False):
+                return self._ladder
+            self.prepared.lock.release()
+        return self.ready()
 
     def _stock(self, reason: str) -> None:
         if reason not in self.stock_calls:
@@ -182,9 +192,8 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
         return strange
     if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
         return "an attention mask that is not of the input_ids' shape"
-    if (
-        model.generation_config.stop_strings is not None and config.stop_strings is not None
-    ):  # the model's would come back without a tokenizer
+    # Where the call has its own, transformers would still take the model's on the way to a decoding method, without a tokenizer.
+    if model.generation_config.stop_strings is not None and config.stop_strings is not None:
         return "stop_strings in the model's generation_config"
     for name in ("use_mtp", "token_healing"):
         if getattr(config, name, None):

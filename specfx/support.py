@@ -55,6 +55,8 @@ def require_plain_model(model: PreTrainedModel) -> None:
     hooked = next((n for n, m in modules if hasattr(m, "_hf_hook")), None)
     parameters = list(model.named_parameters())
     devices = {p.device for _, p in parameters}
+    if any(device.type == "meta" for device in devices):
+        raise UnsupportedModelError(f"{name} has no weights yet (they are on the meta device): load them first")
     if hooked is not None or len(devices) > 1:
         where = f"module {hooked or 'root'!r} has an offload hook" if hooked is not None else f"weights on {', '.join(map(str, devices))}"
         raise UnsupportedModelError(f"{name} is spread over devices ({where}): load it on one device, without device_map")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsPr
 
 import specfx
 from specfx.engines.stock import StockEngine
+from specfx.errors import UnsupportedModelError
 
 IDS = torch.arange(1, 11)[None]
 ENGINES = ("graph", "eager")
@@ -134,6 +136,14 @@ def test_a_class_that_prepares_its_inputs_itself_is_stocks() -> None:
     assert_as_stock(model, "prepare_inputs_for_generation")
 
 
+def test_a_model_without_weights_is_refused_by_name() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_model("llama").config)
+    with pytest.raises(UnsupportedModelError, match="meta device"):
+        specfx.speculate(model)
+    assert "generate" not in vars(model)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_module_without_weights_can_be_replaced(engine: str) -> None:
     model = wrapped(engine=engine)
@@ -217,6 +227,20 @@ def test_lengths_of_other_types(length: Any, engine: str, method: str | None, pr
     assert not specfx.explain(model).stock_calls
 
 
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"use_cache": None}, "use_cache=None"),
+        ({"attention_mask": torch.full_like(IDS, 2)}, "an attention mask of other values than 0 and 1"),
+    ],
+    ids=["cache", "mask"],
+)
+def test_settings_that_mean_something_odd_to_stock(asked: dict[str, Any], reason: str, prepared: Any) -> None:
+    model = prepared()
+    assert_as_stock(model, reason, **asked)
+    assert not torch.equal(stock(model, IDS, max_new_tokens=8, **asked), stock(model, IDS, max_new_tokens=8)), "not odd any more"
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("token", [-1, 128])
 def test_tokens_outside_the_vocabulary_are_the_error_that_they_are_in_stock(token: int, engine: str, prepared: Any) -> None:
@@ -262,6 +286,31 @@ def test_text_for_a_model_that_also_takes_images_is_accelerated() -> None:
     asked = {"max_new_tokens": 8, "pixel_values": torch.ones(1, 3, 28, 28), "token_type_ids": (image == 120).long()}
     assert torch.equal(model.generate(image, **asked), stock(model, image, **asked))
     assert any("model inputs" in reason for reason in specfx.explain(model).stock_calls)
+
+
+def test_explain_does_not_wait_for_a_call_that_is_running(prepared: Any) -> None:
+    model = prepared()
+    begun, goes_on, told = threading.Event(), threading.Event(), threading.Event()
+
+    def judge(ids: torch.Tensor, scores: Any) -> torch.Tensor:
+        begun.set()
+        goes_on.wait(60)
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    def look() -> None:
+        assert specfx.explain(model).engine == "graph"
+        told.set()
+
+    call = threading.Thread(target=model.generate, args=(IDS,), kwargs={"max_new_tokens": 4, "stopping_criteria": [judge]})
+    call.start()
+    assert begun.wait(60)
+    looking = threading.Thread(target=look)
+    looking.start()
+    looked = told.wait(30)
+    goes_on.set()
+    call.join()
+    looking.join()
+    assert looked
 
 
 # --- before and after an engine is ready --------------------------------------------------------------------------------------------------

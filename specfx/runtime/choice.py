@@ -84,7 +84,7 @@ class AsDrawn:
 
 def require_drawn(tokens: Sequence[int]) -> None:
     """Raise stock's error where there was nothing to draw (`keyed_sample` answers -1)."""
-    if min(tokens) < 0:
+    if min(tokens, default=0) < 0:
         raise RuntimeError(
             "probability tensor contains either `inf`, `nan` or element < 0: the model's or a processor's scores can't be drawn from"
         )

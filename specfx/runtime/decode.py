@@ -75,6 +75,10 @@ def stock_reason(
     unknown = sorted(k for k, v in inputs.items() if k not in _KNOWN_INPUTS and not (v is None or (isinstance(v, dict) and not v)))
     if unknown:
         return f"model inputs {', '.join(unknown)}"
+    if mask is not None and bool(((mask != 0) & (mask != 1)).any()):  # stock counts positions by adding it up
+        return "an attention mask of other values than 0 and 1"
+    if config.use_cache is None:
+        return "use_cache=None"
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention mask that is not left padding"
     if mask is not None and not bool(mask.any(-1).all()):
