@@ -308,8 +308,8 @@ CASES: dict[str, Case] = {
     "deepseek_v4": _v4("heavily_compressed_attention", "compressed_sparse_attention"),
     "deepseek_v4, windows": _v4("sliding_attention", "sliding_attention", layers=2),
 }
-NOT_SERVED = {"step3p7", "inkling", "deepseek_v32", "glm_moe_dsa", "deepseek_v4", "deepseek_v4, windows"}
-"""Models whose `generate` stays stock's: an indexer's keys, image inputs, or compressed rows and streams that no engine hands out."""
+NOT_SERVED = {"deepseek_v32", "glm_moe_dsa", "deepseek_v4", "deepseek_v4, windows"}
+"""Models whose `generate` stays stock's: an indexer's keys, or compressed rows and streams that no engine hands out."""
 STOCK = [name for name, case in CASES.items() if case.stock]
 
 
