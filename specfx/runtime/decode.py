@@ -135,7 +135,8 @@ def speculative_decode(
             output = stock(logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=config)
         if reason == Reason.ENGINE_NOT_READY.value:  # a chat goes on with the engine when there is one
             sequences = output if isinstance(output, Tensor) else output.sequences
-            page_cache.note_stocks(cache or getattr(output, "past_key_values", None), model, sequences, inputs.get("attention_mask"))
+            kept = cache if cache is not None else getattr(output, "past_key_values", None)
+            page_cache.note_stocks(kept, model, sequences, inputs.get("attention_mask"))
         return output
     mask = inputs.get("attention_mask")
     rows: list[list[int]] = input_ids.tolist()
