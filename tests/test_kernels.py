@@ -353,7 +353,7 @@ def test_tree_attention_kernel_agrees_with_the_reference(dtype: torch.dtype, row
     for share, window, softcap, sinks in ((1, 0, 0.0, False), (3, 5, 0.0, True), (7, 40, 1.5, False)):
         shape = Shape(2, share, *widths, 16, window, softcap, sinks, dtype)
         parents = tree_of(rows) if rows <= 64 else causal_run(rows)
-        assert_kernel_agrees(make_batch(shape, [70, 0], [parents, TREE], rows))
+        assert_kernel_agrees(make_batch(shape, [70, 0, 700], [parents, TREE, TREE], rows))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -497,15 +497,36 @@ def test_kernels_of_positions_and_parents_agree_with_the_references(mask: bool) 
 
 def test_several_threads_give_what_one_gives(kernels: cpu_build.CpuKernels) -> None:
     shapes = (Shape(3, 4, 16, 16, dtype=torch.float32), Shape(3, 4, 64, 64, 16, dtype=torch.bfloat16))
-    batches = [make_batch(shape, [70, 30], [tree_of(40), causal_run(65)], 5) for shape in shapes]
+    batches = [make_batch(shape, [700, 30, 0], [tree_of(4), causal_run(65), TREE], 5) for shape in shapes]
     x, weight = torch.randn(40, 64).bfloat16(), pack(torch.randn(200, 64).bfloat16())
     ones = [batch.run(tree_attention_)[0] for batch in batches]
     linear = packed_linear(x, weight, None, 200) if kernels.packs else None
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for batch, one in zip(batches, ones, strict=True):
+            assert torch.equal(batch.run(tree_attention_)[0], one)
     torch.set_num_threads(2)
-    for batch, one in zip(batches, ones, strict=True):
-        assert torch.equal(batch.run(tree_attention_)[0], one)
     if linear is not None:
         assert torch.equal(packed_linear(x, weight, None, 200), linear)
+
+
+@pytest.mark.parametrize("window", [0, 150])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.usefixtures("kernels")
+def test_a_rows_attention_depends_on_nothing_else_in_the_forward(dtype: torch.dtype, window: int) -> None:
+    """Bit for bit: so a draft that is accepted changes no later token, nor does a batch."""
+    batch = make_batch(Shape(2, 3, 64, 64, 16, window, dtype=dtype), [300, 511, 40], [causal_run(n) for n in (5, 30, 1)], 3)
+    together = batch.run(tree_attention_)[0]
+    starts = batch.arguments["row_starts"].tolist()
+    for sequence, first in enumerate(starts[:-1]):
+        for rows in {1, starts[sequence + 1] - first}:
+            alone = dataclasses.replace(batch, arguments=dict(batch.arguments))
+            for name in ("q", "k", "v", "tree_mask"):
+                alone.arguments[name] = batch.arguments[name][first : first + rows]
+            for name in ("page_table", "lengths"):
+                alone.arguments[name] = batch.arguments[name][sequence : sequence + 1]
+            alone.arguments["row_starts"] = torch.tensor([0, rows], dtype=torch.int32)
+            assert torch.equal(alone.run(tree_attention_)[0], together[first : first + rows])
 
 
 # --- packed linear --------------------------------------------------------------------------------------------------------------
@@ -643,10 +664,11 @@ for n, k, biased in ((33, 96, True), (70, 128, False)):
 rows = [test_kernels.TREE, test_kernels.causal_run(1), test_kernels.tree_of(20)]
 for sizes, window in (((2, 3, 64, 64, 16), 0), ((1, 4, 32, 48, 16), 7)):
     shape = test_kernels.Shape(*sizes, window=window, dtype=torch.bfloat16)
-    batch = test_kernels.make_batch(shape, [70, 3, 200], rows, 0)
+    batch = test_kernels.make_batch(shape, [70, 3, 1100], rows, 0)
     got, expected = batch.run(test_kernels.tree_attention_)[0], test_kernels.dense_attention(batch)
     torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.02)
     on_tiles()
+test_kernels.test_a_rows_attention_depends_on_nothing_else_in_the_forward(torch.bfloat16, 0)
 print("served")
 """
 

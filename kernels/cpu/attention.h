@@ -1,26 +1,38 @@
-// Tree attention over paged KV: a work item is (sequence, KV head, up to 16 queries), where the queries are all rows of the tree times
-// the heads of the group. On AVX-512 BF16 vectors, a vector holds 16 keys' scores, or 16 columns of values, of one query (scores lie query
-// by query), so few queries take little time. On AMX tiles, and in float32 and float16, it holds the same thing for 16 queries (scores lie
-// key by key): nothing is summed across a vector, and keys need no transposition. In bfloat16 probabilities are rounded to bfloat16, as
-// flash attention does.
+// Tree attention over paged KV. The queries of a sequence and KV head, all rows of its tree times the heads of the group, are taken up to 16
+// at a time, and their keys a segment at a time; the segments' sums are folded in order, as flash decoding does. Segments begin at fixed
+// positions: a result depends neither on the number of threads nor on what else is in the batch. Each thread gets a stretch of segments that
+// cost alike. Few rows wait for memory: all heads take a segment of their keys before any goes on, for they lie side by side, and meanwhile
+// the next segment's keys and values are fetched.
+// On AVX-512 BF16 vectors, a vector holds 16 keys' scores, or 16 columns of values, of one query (scores lie query by query), so few queries
+// take little time. On AMX tiles, and in float32 and float16, it holds the same thing for 16 queries (scores lie key by key): nothing is
+// summed across a vector, and keys need no transposition. In bfloat16 probabilities are rounded to bfloat16, as flash attention does.
 #pragma once
 
 #include "common.h"
 
 namespace specfx {
 
-constexpr int64_t kBlock = 64;  // keys that are widened to float, or transposed, at a time
-constexpr int64_t kTile = 8;    // keys (or value columns) that share each load of a query (or weight) vector
-constexpr int64_t kMost = 6;    // queries that share each load of a vector of keys (or values) on AVX-512 BF16: 24 vectors of sums
+constexpr int64_t kFew = 64;       // queries of a sequence and KV head that go through the keys together
+constexpr int64_t kBlock = 64;     // keys that are widened to float, or transposed, at a time
+constexpr int64_t kTile = 8;       // keys (or value columns) that share each load of a query (or weight) vector
+constexpr int64_t kMost = 6;       // queries that share each load of a vector of keys (or values) on AVX-512 BF16: 24 vectors of sums
 
-// Everything that one work item needs, reused from item to item by one thread.
+// Queries `first` to `last`, (row, head of the group) pairs, and the keys at `begin` to `end` of a sequence and KV head. It is the `nth` of
+// the `of` segments of these queries, which take turns with those of others: they are the `turn`-th of `turns`.
+struct Segment {
+  int64_t sequence, group, first, last, begin, end, nth, of, turn, turns;
+};
+
+// What the segments of 16 queries add up to: their highest scores, and the sums of exp(score - highest) and of the values weighted by it.
+struct Sums {
+  Vec top, total;
+  std::vector<float> values;  // [queries, width], or on vectors [width, 16 queries]
+};
+
+// Everything that one segment needs, reused from one to the next by a thread.
 template <typename T>
 class Attention {
  public:
-  struct Item {
-    int64_t sequence, group, first, last;  // queries first..last of (row, head of the group) pairs
-  };
-
   Attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Batch& batch, Tensor& out, float scale, int64_t window,
             float softcap, const float* sinks, int64_t skip)
       : b(batch), Q(q.const_data_ptr<T>()), K(k_pages.const_data_ptr<T>()), V(v_pages.const_data_ptr<T>()), O(out.mutable_data_ptr<T>()),
@@ -33,21 +45,87 @@ class Attention {
 #ifdef SPECFX_AMX
     tiles = dots && dk % 32 == 0 && page % 16 == 0 && has_tiles();
     dots = dots && !tiles;
+    if (tiles) segment_keys = 512;  // each begins with gathering the queries into tiles
 #endif
   }
 
-  std::vector<Item> items() const {
-    std::vector<Item> all;
+  // All work, in order: with few queries by segments of the keys, with many (a prompt) by queries.
+  std::vector<Segment> segments() const {
+    std::vector<Segment> all;
     for (int64_t s = 0; s < b.sequences; ++s) {
-      const int64_t queries = (b.starts[s + 1] - b.starts[s]) * share;
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t i = 0; i < queries; i += kLanes) all.push_back({s, g, i, std::min(i + kLanes, queries)});
+      const int64_t rows = b.starts[s + 1] - b.starts[s], queries = rows * share;
+      if (queries > kFew) {
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t i = 0; i < queries; i += kLanes) add(all, s, g, g + 1, i, std::min(i + kLanes, queries));
+      } else {
+        add(all, s, 0, groups, 0, queries);
+      }
     }
     return all;
   }
 
-  void run(const Item& next) {
-    begin(next);
+  // Segments of queries `first` to `last` of groups `group` to `end_group`.
+  void add(std::vector<Segment>& all, int64_t s, int64_t group, int64_t end_group, int64_t first, int64_t last) const {
+    const int64_t rows = b.starts[s + 1] - b.starts[s], length = b.lengths[s];
+    const int64_t keys = length + (b.causal(rows) ? (last - 1) / share + 1 : rows);
+    // With a window no query of these sees a key before `from` (in a tree, depths start at 0).
+    const int64_t first_row = b.causal(rows) ? first / share : 0;
+    const int64_t from = window > 0 ? std::max<int64_t>(0, length + first_row - window + 1) / kLanes * kLanes : 0;
+    const int64_t count = (keys - 1) / segment_keys - from / segment_keys + 1, turns = (end_group - group) * ((last - first + kLanes - 1) / kLanes);
+    for (int64_t n = 0, begin = from; n < count; ++n) {
+      const int64_t end = std::min(keys, (begin / segment_keys + 1) * segment_keys);
+      int64_t turn = 0;
+      for (int64_t g = group; g < end_group; ++g)
+        for (int64_t i = first; i < last; i += kLanes) all.push_back({s, g, i, std::min(i + kLanes, last), begin, end, n, count, turn++, turns});
+      begin = end;
+    }
+  }
+
+  // Where in `all` each of `threads` stretches of like cost begins, and where the last ends.
+  static std::vector<int64_t> stretches(const std::vector<Segment>& all, int64_t threads) {
+    const auto cost = [](const Segment& s) { return (s.end - s.begin + 16) * (s.last - s.first + 4); };
+    int64_t whole = 0, passed = 0;
+    for (const Segment& s : all) whole += cost(s);
+    std::vector<int64_t> starts{0};
+    for (int64_t n = 0; n < static_cast<int64_t>(all.size()); ++n) {
+      while (static_cast<int64_t>(starts.size()) < threads && passed + cost(all[n]) / 2 >= whole * static_cast<int64_t>(starts.size()) / threads)
+        starts.push_back(n);
+      passed += cost(all[n]);
+    }
+    starts.resize(threads + 1, all.size());
+    return starts;
+  }
+
+  // Segments `begin` to `end` of `all`. Those of queries that have others elsewhere are left in `parts`, for `join`.
+  void run(const std::vector<Segment>& all, int64_t begin, int64_t end, std::vector<Sums>& parts) {
+    for (int64_t n = begin; n < end; ++n) {
+      const Segment& s = all[n];
+      if (n == begin || s.turn == 0) look_ahead(all, n, end);
+      take(s);
+      compute();
+      const int64_t first = n - s.nth * s.turns, last = first + (s.of - 1) * s.turns;
+      if (first < begin || last >= end) {
+        parts[n] = part;
+        continue;
+      }
+      if (s.turn >= static_cast<int64_t>(sums.size())) sums.resize(s.turn + 1);
+      if (n == first)
+        std::swap(sums[s.turn], part);
+      else
+        fold(sums[s.turn], part);
+      if (n == last) finish(sums[s.turn]);
+    }
+  }
+
+  // The results of the queries whose first segment is all[n], from all their `parts`.
+  void join(const std::vector<Segment>& all, int64_t n, std::vector<Sums>& parts) {
+    take(all[n]);
+    for (int64_t i = 1; i < segment.of; ++i) fold(parts[n], parts[n + i * segment.turns]);
+    finish(parts[n]);
+  }
+
+ private:
+  void compute() {
 #ifdef SPECFX_AMX
     if (tiles) {
       configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
@@ -71,37 +149,31 @@ class Attention {
     values_on_vectors();
   }
 
- private:
-  void begin(const Item& next) {
-    item = next;
-    row0 = b.starts[item.sequence];
-    rows = b.starts[item.sequence + 1] - row0;
-    length = b.lengths[item.sequence];
-    table = b.table + item.sequence * b.pages_a_sequence;
+  void take(const Segment& next) {
+    segment = next;
+    row0 = b.starts[segment.sequence];
+    rows = b.starts[segment.sequence + 1] - row0;
+    length = b.lengths[segment.sequence];
     causal = b.causal(rows);
-    count = item.last - item.first;
-    keys = length + (causal ? (item.last - 1) / share + 1 : rows);
-    // With a window no query of this item sees a key before `from` (in a tree, depths start at 0).
-    const int64_t first_row = causal ? item.first / share : 0;
-    from = window > 0 ? std::max<int64_t>(0, length + first_row - window + 1) / 16 * 16 : 0;
+    count = segment.last - segment.first;
+    from = segment.begin;
+    keys = segment.end;
     for (int64_t i = 0; i < kLanes; ++i) {  // idle lanes repeat the first query
-      const int64_t query = item.first + (i < count ? i : 0);
+      const int64_t query = segment.first + (i < count ? i : 0);
       row_of[i] = query / share;
-      head_of[i] = item.group * share + query % share;
+      head_of[i] = segment.group * share + query % share;
       standing[i] = length + b.depth(row0 + row_of[i], row_of[i], rows);
     }
     stride = (keys - from + kBlock - 1) / kBlock * kBlock;
     lines.resize(dots ? count * stride : (keys - from + 32) * kLanes);
+    part.values.resize((by_query() ? count : kLanes) * dv);
     find_slots();
-    if (item.group == 0 && item.first == 0) {
-      to_fetch = item.sequence + 1 < b.sequences ? b.lengths[item.sequence + 1] : 0;
-      fetched = window > 0 ? std::max<int64_t>(0, to_fetch - window) : 0;
-    }
   }
 
   // Where the tokens from `from` on lie in the pools.
   void find_slots() {
     slots.resize(keys - from);
+    const int32_t* table = b.table + segment.sequence * b.pages_a_sequence;
     for (int64_t j = from; j < keys;) {
       const int64_t within = j % page, n = std::min(page - within, keys - j), first = table[j / page] * page + within;
       for (int64_t i = 0; i < n; ++i) slots[j - from + i] = first + i;
@@ -109,18 +181,30 @@ class Attention {
     }
   }
 
-  const T* key(int64_t position) const { return K + slots[position - from] * slot_k + item.group * dk; }
-  const T* value(int64_t position) const { return V + slots[position - from] * slot_v + item.group * dv; }
+  const T* key(int64_t position) const { return K + slots[position - from] * slot_k + segment.group * dk; }
+  const T* value(int64_t position) const { return V + slots[position - from] * slot_v + segment.group * dv; }
   const T* query(int64_t lane) const { return Q + ((row0 + row_of[lane]) * heads + head_of[lane]) * dk; }
   T* result(int64_t lane) const { return O + ((row0 + row_of[lane]) * heads + head_of[lane]) * dv; }
   float* line(int64_t position) { return &lines[(position - from) * kLanes]; }  // 16 queries' scores of one key
   float& score(int64_t position, int64_t lane) { return lines[dots ? lane * stride + position - from : (position - from) * kLanes + lane]; }
 
-  // While `passed` keys of this sequence are computed, a like part of the next sequence's comes from memory into the second cache.
+  bool by_query() const { return dots || tiles; }
+
+  // What this thread reads after the keys and values of all[n]: the next segment of other keys.
+  void look_ahead(const std::vector<Segment>& all, int64_t n, int64_t end) {
+    const int64_t next = n + all[n].turns - all[n].turn;
+    fetched = to_fetch = 0;
+    if (next >= end || (all[n].turns == 1 && all[n].of > 1)) return;  // a prompt's: computing takes longer than reading
+    ahead = all[next].sequence;
+    fetched = all[next].begin;
+    to_fetch = all[next].end;
+  }
+
+  // While `passed` keys of this segment are computed, a like part of the keys and values ahead comes into the second cache.
   void fetch(int64_t passed) {
-    const int32_t* pages = b.table + (item.sequence + 1) * b.pages_a_sequence;
+    const int32_t* table = b.table + ahead * b.pages_a_sequence;
     for (const int64_t end = std::min(fetched + passed / groups + 1, to_fetch); fetched < end; ++fetched) {
-      const int64_t slot = static_cast<int64_t>(pages[fetched / page]) * page + fetched % page;
+      const int64_t slot = static_cast<int64_t>(table[fetched / page]) * page + fetched % page;
       fetch_line_by_line(K + slot * slot_k, slot_k);
       fetch_line_by_line(V + slot * slot_v, slot_v);
     }
@@ -137,7 +221,7 @@ class Attention {
       for (int64_t d = 0; d < dk; ++d) wide[d * kLanes + i] = to_float(query(i)[d]);
     for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
       const int64_t n = std::min(kBlock, keys - j0);
-      fetch(kBlock);
+      fetch(kBlock / 2);
       for (int64_t j = 0; j < n; ++j) {
         const T* src = key(j0 + j);
         for (int64_t d = 0; d < dk; ++d) block[j * dk + d] = to_float(src[d]);
@@ -159,28 +243,29 @@ class Attention {
     for (int64_t i = 0; i < all; i += kLanes) store(&lines[i], load(&lines[i]) * scale);
     if (softcap > 0)
       for (int64_t i = 0; i < all; ++i) lines[i] = softcap * std::tanh(lines[i] / softcap);
-    if (window > 0)
-      for (int64_t i = 0; i < lanes; ++i)
-        for (int64_t j = from; j < std::min(length, standing[i] - window + 1); ++j) score(j, i) = kHidden;
-    for (int64_t i = 0; i < lanes; ++i)
-      if (standing[i] >= skip)
-        for (int64_t j = from; j < std::min(length, skip); ++j) score(j, i) = kHidden;
-    for (int64_t r = std::max<int64_t>(0, from - length); r < keys - length; ++r) {
+    const int64_t placed = causal ? keys : std::min(length, keys);  // keys before this one stand where they are placed
+    for (int64_t i = 0; i < lanes; ++i) {
+      if (window > 0) hide(i, from, std::min(placed, standing[i] - window + 1));
+      if (standing[i] >= skip) hide(i, from, std::min(placed, skip));
+      if (causal) hide(i, std::max(from, standing[i] + 1), keys);
+    }
+    for (int64_t r = std::max<int64_t>(0, from - length); r < keys - placed; ++r) {
       const int64_t stands = length + b.depth(row0 + r, r, rows);
       for (int64_t i = 0; i < lanes; ++i) {
-        const bool ancestor = causal ? r <= row_of[i] : (b.mask[row0 + row_of[i]] >> r) & 1;
-        const bool skipped = stands < skip && standing[i] >= skip;
+        const bool ancestor = (b.mask[row0 + row_of[i]] >> r) & 1, skipped = stands < skip && standing[i] >= skip;
         if (!ancestor || skipped || (window > 0 && stands <= standing[i] - window)) score(length + r, i) = kHidden;
       }
     }
   }
 
-  // Scores to weights, in place; `total` keeps their sums.
+  void hide(int64_t lane, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j) score(j, lane) = kHidden;
+  }
+
+  // Scores to weights, in place; `part` keeps the highest scores and the weights' sums.
   void weigh_by_key() {
     settle();
-    Vec top = Vec{} + kHidden;
-    if (sinks)
-      for (int64_t i = 0; i < kLanes; ++i) top[i] = sinks[head_of[i]];
+    Vec top = Vec{} + kLowest;
     for (int64_t j = from; j < keys; ++j) {
       const Vec x = load(line(j));
       top = x > top ? x : top;
@@ -191,14 +276,17 @@ class Attention {
       store(line(j), p);
       sum += p;
     }
-    for (int64_t i = 0; i < kLanes; ++i) total[i] = sum[i] + (sinks ? std::exp(sinks[head_of[i]] - top[i]) : 0.f);
+    part.top = top;
+    part.total = sum;
   }
 
   void values_on_vectors() {
-    wide.assign(dv * kLanes, 0.f);
+    float* out = part.values.data();
+    std::fill_n(out, dv * kLanes, 0.f);
     block.resize((kBlock + kTile) * dv);
     for (int64_t j0 = from; j0 < keys; j0 += kBlock) {
       const int64_t n = std::min(kBlock, keys - j0);
+      fetch(kBlock / 2);
       for (int64_t j = 0; j < n; ++j) {
         const T* src = value(j0 + j);
         for (int64_t d = 0; d < dv; ++d) block[j * dv + d] = to_float(src[d]);
@@ -206,22 +294,47 @@ class Attention {
       for (int64_t d = 0; d < dv; d += kTile) {
         Vec sum[kTile];
         const int64_t width = std::min(kTile, dv - d);
-        for (int64_t t = 0; t < kTile; ++t) sum[t] = t < width ? load(&wide[(d + t) * kLanes]) : Vec{};
+        for (int64_t t = 0; t < kTile; ++t) sum[t] = t < width ? load(out + (d + t) * kLanes) : Vec{};
         for (int64_t j = 0; j < n; ++j) {
           const Vec p = load(line(j0 + j));
           for (int64_t t = 0; t < kTile; ++t) sum[t] += block[j * dv + d + t] * p;
         }
-        for (int64_t t = 0; t < width; ++t) store(&wide[(d + t) * kLanes], sum[t]);
+        for (int64_t t = 0; t < width; ++t) store(out + (d + t) * kLanes, sum[t]);
       }
     }
-    normalize();
   }
 
-  // `wide`, the sums of the weighted values, are those of weights that sum to `total`.
-  void normalize() {
+  // Add a later segment's sums.
+  void fold(Sums& sums, const Sums& later) const {
+    const Vec top = later.top > sums.top ? later.top : sums.top;
+    const Vec kept = exp_nonpositive(sums.top - top), added = exp_nonpositive(later.top - top);
+    sums.top = top;
+    sums.total = sums.total * kept + later.total * added;
+    for (int64_t n = 0; n < static_cast<int64_t>(later.values.size()); n += kLanes) {
+      float* x = &sums.values[n];
+      if (by_query())
+        store(x, load(x) * kept[n / dv] + load(&later.values[n]) * added[n / dv]);
+      else
+        store(x, load(x) * kept + load(&later.values[n]) * added);
+    }
+  }
+
+  // The results of this segment's queries from their sums over all keys.
+  void finish(const Sums& sums) const {
     for (int64_t i = 0; i < count; ++i) {
-      const float inverse = 1.f / total[i];
-      for (int64_t d = 0; d < dv; ++d) result(i)[d] = static_cast<T>(wide[d * kLanes + i] * inverse);
+      float over = 1.f / sums.total[i];
+      if (sinks) {  // a sink is one more score, without a value
+        const float sink = sinks[head_of[i]], top = std::max(sums.top[i], sink), kept = std::exp(sums.top[i] - top);
+        over = kept / (sums.total[i] * kept + std::exp(sink - top));
+      }
+      T* out = result(i);
+      if (!by_query()) {
+        for (int64_t d = 0; d < dv; ++d) out[d] = static_cast<T>(sums.values[d * kLanes + i] * over);
+        continue;
+      }
+#ifdef SPECFX_DOT
+      for (int64_t d = 0; d < dv; d += kLanes) store_narrow(out + d, (__m512)(load(&sums.values[i * dv + d]) * over));
+#endif
     }
   }
 
@@ -229,11 +342,12 @@ class Attention {
   // As `weigh_by_key`; the weights are `shares`, in bfloat16.
   void weigh_by_query() {
     settle();
+    part.top = part.total = Vec{};
     shares.resize(count * stride);
     for (int64_t i = 0; i < count; ++i) {
       float* row = &lines[i * stride];
       std::fill(row + keys - from, row + stride, kHidden);
-      Vec tops = Vec{} + (sinks ? sinks[head_of[i]] : kHidden), sum = Vec{};
+      Vec tops = Vec{} + kLowest, sum = Vec{};
       for (int64_t j = 0; j < stride; j += kLanes) {
         const Vec x = load(row + j);
         tops = x > tops ? x : tops;
@@ -244,7 +358,8 @@ class Attention {
         sum += p;
         store_narrow(&shares[i * stride + j], (__m512)p);
       }
-      total[i] = _mm512_reduce_add_ps((__m512)sum) + (sinks ? std::exp(sinks[head_of[i]] - top) : 0.f);
+      part.top[i] = top;
+      part.total[i] = _mm512_reduce_add_ps((__m512)sum);
     }
   }
 
@@ -375,12 +490,10 @@ class Attention {
         for (int64_t v = 0; v < 2 * vectors; ++v) sum[i][v] = add_products(sum[i][v], &shares[(first + i) * stride + j - from], lanes[v]);
     }
 #pragma GCC unroll 6
-    for (int64_t i = 0; i < most; ++i) {
-      const __m512 inverse = _mm512_set1_ps(1.f / total[first + i]);
+    for (int64_t i = 0; i < most; ++i)
 #pragma GCC unroll 4
       for (int64_t v = 0; v < 2 * vectors; ++v)
-        if (v * 16 < there) store_narrow(result(first + i) + d0 + v * 16, _mm512_mul_ps(sum[i][v], inverse));
-    }
+        if (v * 16 < there) _mm512_storeu_ps(&part.values[(first + i) * dv + d0 + v * 16], sum[i][v]);
   }
 
   // Picks 16 numbers of each of two vectors, from `first` on, in turn.
@@ -420,7 +533,7 @@ class Attention {
     gather_pairs();
     for (int64_t j = from; j < keys; j += 16) {  // a page is a multiple of 16 tokens: these 16 lie behind each other
       const T* src = key(j);
-      fetch(16);
+      fetch(8);
       _tile_zero(0);
       for (int64_t d = 0; d < dk; d += 32) {
         _tile_loadd(1, src + d, slot_k * 2);
@@ -435,7 +548,7 @@ class Attention {
   void values_on_tiles() {
     const __m512i row = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(16));
     alignas(64) uint32_t weights[16 * 16], columns[16 * 16];
-    alignas(64) float sums[16 * 64];
+    alignas(64) float held[16 * 64];
     for (int64_t j = keys; j < keys + 32; ++j) store(line(j), Vec{});
     for (int64_t d0 = 0; d0 < dv; d0 += 64) {
       const int64_t width = std::min<int64_t>(64, dv - d0);
@@ -444,6 +557,7 @@ class Attention {
       _tile_zero(2);
       _tile_zero(3);
       for (int64_t j = from; j < keys; j += 32) {
+        if (d0 == 0) fetch(16);
         for (int64_t p = 0; p < 16; ++p)
           _mm512_i32scatter_epi32(weights + p, row, narrow_pair(load(line(j + 2 * p)), load(line(j + 2 * p + 1))), 4);
         _tile_loadd(4, weights, 64);
@@ -458,14 +572,11 @@ class Attention {
           }
         }
       }
-      _tile_stored(0, sums, 256);
-      _tile_stored(1, sums + 16, 256);
-      _tile_stored(2, sums + 32, 256);
-      _tile_stored(3, sums + 48, 256);
-      for (int64_t i = 0; i < count; ++i) {
-        const float inverse = 1.f / total[i];
-        for (int64_t d = 0; d < width; ++d) result(i)[d0 + d] = static_cast<T>(sums[i * 64 + d] * inverse);
-      }
+      _tile_stored(0, held, 256);
+      _tile_stored(1, held + 16, 256);
+      _tile_stored(2, held + 32, 256);
+      _tile_stored(3, held + 48, 256);
+      for (int64_t i = 0; i < count; ++i) std::copy_n(held + i * 64, width, &part.values[i * dv + d0]);
     }
   }
 #endif
@@ -478,20 +589,21 @@ class Attention {
   const float* sinks;
   const int64_t skip;
   bool dots = false, tiles = false;  // which instructions the products run on; on dots, scores lie query by query
-  // of the present item
-  Item item;
+  int64_t segment_keys = 128;        // whose scores are held at a time, and the least that a thread takes on
+  // of the present segment
+  Segment segment;
   int64_t row0, rows, length, count, keys, from;
   int64_t stride;  // on dots: what the scores of two queries lie apart
-  const int32_t* table;
   bool causal;
   int64_t row_of[kLanes], head_of[kLanes], standing[kLanes];
-  Vec total;
+  Sums part;
+  std::vector<Sums> sums;  // up to this segment, of those that take turns
   std::vector<float> lines, wide, block;
   std::vector<int64_t> slots;
-  // of the next sequence: tokens before `to_fetch`, of which those before `fetched` have been asked for
-  int64_t fetched = 0, to_fetch = 0;
   std::vector<uint32_t> pairs;
   std::vector<uint16_t> shares;
+  // of the keys that come next: their sequence, and the positions not yet asked for
+  int64_t ahead = 0, fetched = 0, to_fetch = 0;
 };
 
 // Whether each row lies in one piece; the rows may stand apart (a slice of a fused projection).
@@ -531,11 +643,14 @@ inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& 
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, q.scalar_type(), "tree_attention_", [&] {
     const Attention<scalar_t> first(q, k_pages, v_pages, b, out, scale, window, softcap, extra ? extra->const_data_ptr<float>() : nullptr,
                                     skip);
-    const auto items = first.items();
-    at::parallel_for(0, items.size(), 1, [&](int64_t begin, int64_t end) {
-      Attention<scalar_t> attention(first);
-      for (int64_t n = begin; n < end; ++n) attention.run(items[n]);
+    const auto all = first.segments();
+    const auto starts = first.stretches(all, at::get_num_threads());
+    std::vector<Sums> parts(all.size());
+    at::parallel_for(0, starts.size() - 1, 1, [&](int64_t begin, int64_t end) {
+      Attention(first).run(all, starts[begin], starts[end], parts);
     });
+    for (int64_t n = 0; n < static_cast<int64_t>(all.size()); ++n)
+      if (all[n].nth == 0 && !parts[n].values.empty()) Attention(first).join(all, n, parts);
   });
   return out;
 }

@@ -29,6 +29,7 @@ using at::Tensor;
 constexpr int64_t kMaskBits = 64;
 constexpr int64_t kLanes = 16;  // floats of a vector, and most queries (pairs of row and head) of a work item
 constexpr float kHidden = -std::numeric_limits<float>::infinity();
+constexpr float kLowest = std::numeric_limits<float>::lowest();  // of scores: where all are hidden, their weights are zero, not NaN
 typedef float Vec __attribute__((vector_size(64)));
 
 template <typename T> inline float to_float(T x) { return static_cast<float>(x); }
