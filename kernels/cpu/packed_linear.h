@@ -33,33 +33,33 @@ struct PackedLinear {
 struct OnVectors : PackedLinear {
   static constexpr int64_t kRows = 14;  // of a group: 28 vectors of sums, two of weights and one of inputs
 
-  // Column blocks `begin` to `end`. While one is computed the next comes into the second cache, a part with each group of rows: what
-  // limits few rows is reading the weights, many rows arithmetic, and so neither waits for the other.
+  // Column blocks `begin` to `end`. Meanwhile what comes next is fetched into the second cache, for one group of rows from a little ahead, for
+  // several the next column block, a part with each: what limits few rows is reading the weights, many rows arithmetic, and so neither waits.
   void run(int64_t begin, int64_t end) const {
-    const int64_t groups = (m + kRows - 1) / kRows;
+    const int64_t groups = (m + kRows - 1) / kRows, ahead = groups == 1 ? 4096 : row_blocks * 1024;
     for (int64_t block = begin; block < end; ++block)
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t row = m * g / groups;
-        of_height<kRows>(block, row, m * (g + 1) / groups - row, row_blocks * g / groups, row_blocks * (g + 1) / groups);
+        of_height<kRows>(block, row, m * (g + 1) / groups - row, ahead, row_blocks * g / groups, row_blocks * (g + 1) / groups);
       }
   }
 
   template <int64_t height>
-  void of_height(int64_t block, int64_t row, int64_t rows, int64_t from, int64_t to) const {
+  void of_height(int64_t block, int64_t row, int64_t rows, int64_t ahead, int64_t from, int64_t to) const {
     if constexpr (height > 1)
-      if (rows < height) return of_height<height - 1>(block, row, rows, from, to);
-    group<height>(block, row, from, to);
+      if (rows < height) return of_height<height - 1>(block, row, rows, ahead, from, to);
+    group<height>(block, row, ahead, from, to);
   }
 
-  // from, to: the row blocks of the next column block that are fetched.
+  // from, to: the row blocks with which those are fetched that lie `ahead` numbers further on.
   template <int64_t rows>
-  void group(int64_t block, int64_t row, int64_t from, int64_t to) const {
+  void group(int64_t block, int64_t row, int64_t ahead, int64_t from, int64_t to) const {
     const uint16_t *w = block_of(block), *a = x + row * k;
     __m512 left[rows], right[rows];
     for (int64_t r = 0; r < rows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
       const bool fetches = kb >= from && kb < to;
-      const char* next = reinterpret_cast<const char*>(w + row_blocks * 1024);
+      const char* next = reinterpret_cast<const char*>(w + ahead);
 #pragma GCC unroll 4
       for (int64_t pair = 0; pair < 16; ++pair) {
         if (fetches) {  // a little at a time: many at once would keep the weights at hand waiting
