@@ -1,8 +1,8 @@
 // Tree attention over paged KV. The queries of a sequence and KV head, all rows of its tree times the heads of the group, are taken up to 16
 // at a time, and their keys a segment at a time; the segments' sums are folded in order, as flash decoding does. Segments begin at fixed
 // positions: a result depends neither on the number of threads nor on what else is in the batch. Each thread gets a stretch of segments that
-// cost alike. Few rows wait for memory: all heads take a segment of their keys before any goes on, for they lie side by side, and meanwhile
-// the next segment's keys and values are fetched.
+// cost alike. Few rows wait for memory: all their heads take a segment of the keys before any goes on, for these lie side by side, and
+// meanwhile the next segment's keys and values are fetched.
 // On AVX-512 BF16 vectors, a vector holds 16 keys' scores, or 16 columns of values, of one query (scores lie query by query), so few queries
 // take little time. On AMX tiles, and in float32 and float16, it holds the same thing for 16 queries (scores lie key by key): nothing is
 // summed across a vector, and keys need no transposition. In bfloat16 probabilities are rounded to bfloat16, as flash attention does.
@@ -12,15 +12,17 @@
 
 namespace specfx {
 
+constexpr int64_t kSegment = 512;  // keys whose scores are held at a time, and the least that a thread takes on
 constexpr int64_t kFew = 64;       // queries of a sequence and KV head that go through the keys together
 constexpr int64_t kBlock = 64;     // keys that are widened to float, or transposed, at a time
 constexpr int64_t kTile = 8;       // keys (or value columns) that share each load of a query (or weight) vector
 constexpr int64_t kMost = 6;       // queries that share each load of a vector of keys (or values) on AVX-512 BF16: 24 vectors of sums
 
-// Queries `first` to `last`, (row, head of the group) pairs, and the keys at `begin` to `end` of a sequence and KV head. It is the `nth` of
-// the `of` segments of these queries, which take turns with those of others: they are the `turn`-th of `turns`.
+// Queries `first` to `last`, (row, head of the group) pairs, and the keys at `begin` to `end` of a sequence and KV head. Among all segments,
+// `opens` and `closes` are the first and the last of these queries, and `next` the first of other keys; those of queries that take turns
+// with these have another `turn`.
 struct Segment {
-  int64_t sequence, group, first, last, begin, end, nth, of, turn, turns;
+  int64_t sequence, group, first, last, begin, end, turn, opens, closes, next;
 };
 
 // What the segments of 16 queries add up to: their highest scores, and the sums of exp(score - highest) and of the values weighted by it.
@@ -45,40 +47,44 @@ class Attention {
 #ifdef SPECFX_AMX
     tiles = dots && dk % 32 == 0 && page % 16 == 0 && has_tiles();
     dots = dots && !tiles;
-    if (tiles) segment_keys = 512;  // each begins with gathering the queries into tiles
 #endif
   }
 
   // All work, in order: with few queries by segments of the keys, with many (a prompt) by queries.
   std::vector<Segment> segments() const {
     std::vector<Segment> all;
+    std::vector<int64_t> opens, closes;
     for (int64_t s = 0; s < b.sequences; ++s) {
-      const int64_t rows = b.starts[s + 1] - b.starts[s], queries = rows * share;
-      if (queries > kFew) {
-        for (int64_t g = 0; g < groups; ++g)
-          for (int64_t i = 0; i < queries; i += kLanes) add(all, s, g, g + 1, i, std::min(i + kLanes, queries));
-      } else {
-        add(all, s, 0, groups, 0, queries);
+      const int64_t rows = b.starts[s + 1] - b.starts[s], length = b.lengths[s], queries = rows * share, of_sequence = all.size();
+      const bool few = queries <= kFew, runs = b.causal(rows);
+      const int64_t blocks = (queries + kLanes - 1) / kLanes, turns = groups * blocks, count = (length + rows + kSegment - 1) / kSegment;
+      opens.assign(turns, -1);
+      closes.assign(turns, -1);
+      for (int64_t i = 0; i < turns * count; ++i) {
+        const int64_t turn = few ? i % turns : i / count, start = (few ? i / turns : i % count) * kSegment, n = all.size();
+        const int64_t first = turn % blocks * kLanes, last = std::min(first + kLanes, queries);
+        // With a window no query of these sees a key before `seen` (in a tree, depths start at 0).
+        const int64_t seen = window > 0 ? std::max<int64_t>(0, length + (runs ? first / share : 0) - window + 1) / kLanes * kLanes : 0;
+        const int64_t keys = length + (runs ? (last - 1) / share + 1 : rows);
+        const int64_t begin = std::max(seen, start), end = std::min(keys, start + kSegment);
+        if (begin >= end) continue;
+        if (opens[turn] < 0) opens[turn] = n;
+        closes[turn] = n;
+        all.push_back({s, turn / blocks, first, last, begin, end, turn});
+      }
+      int64_t next = all.size();
+      for (int64_t n = next - 1; n >= of_sequence; --n) {
+        Segment& segment = all[n];
+        segment.opens = opens[segment.turn];
+        segment.closes = closes[segment.turn];
+        segment.next = next;
+        if (!few)
+          segment.turn = 0;  // one after the other
+        else if (n > of_sequence && all[n - 1].begin / kSegment != segment.begin / kSegment)
+          next = n;
       }
     }
     return all;
-  }
-
-  // Segments of queries `first` to `last` of groups `group` to `end_group`.
-  void add(std::vector<Segment>& all, int64_t s, int64_t group, int64_t end_group, int64_t first, int64_t last) const {
-    const int64_t rows = b.starts[s + 1] - b.starts[s], length = b.lengths[s];
-    const int64_t keys = length + (b.causal(rows) ? (last - 1) / share + 1 : rows);
-    // With a window no query of these sees a key before `from` (in a tree, depths start at 0).
-    const int64_t first_row = b.causal(rows) ? first / share : 0;
-    const int64_t from = window > 0 ? std::max<int64_t>(0, length + first_row - window + 1) / kLanes * kLanes : 0;
-    const int64_t count = (keys - 1) / segment_keys - from / segment_keys + 1, turns = (end_group - group) * ((last - first + kLanes - 1) / kLanes);
-    for (int64_t n = 0, begin = from; n < count; ++n) {
-      const int64_t end = std::min(keys, (begin / segment_keys + 1) * segment_keys);
-      int64_t turn = 0;
-      for (int64_t g = group; g < end_group; ++g)
-        for (int64_t i = first; i < last; i += kLanes) all.push_back({s, g, i, std::min(i + kLanes, last), begin, end, n, count, turn++, turns});
-      begin = end;
-    }
   }
 
   // Where in `all` each of `threads` stretches of like cost begins, and where the last ends.
@@ -100,27 +106,27 @@ class Attention {
   void run(const std::vector<Segment>& all, int64_t begin, int64_t end, std::vector<Sums>& parts) {
     for (int64_t n = begin; n < end; ++n) {
       const Segment& s = all[n];
-      if (n == begin || s.turn == 0) look_ahead(all, n, end);
+      if (n == begin || s.next != segment.next) look_ahead(all, s.next, end);
       take(s);
       compute();
-      const int64_t first = n - s.nth * s.turns, last = first + (s.of - 1) * s.turns;
-      if (first < begin || last >= end) {
+      if (s.opens < begin || s.closes >= end) {
         parts[n] = part;
         continue;
       }
       if (s.turn >= static_cast<int64_t>(sums.size())) sums.resize(s.turn + 1);
-      if (n == first)
+      if (n == s.opens)
         std::swap(sums[s.turn], part);
       else
         fold(sums[s.turn], part);
-      if (n == last) finish(sums[s.turn]);
+      if (n == s.closes) finish(sums[s.turn]);
     }
   }
 
   // The results of the queries whose first segment is all[n], from all their `parts`.
   void join(const std::vector<Segment>& all, int64_t n, std::vector<Sums>& parts) {
     take(all[n]);
-    for (int64_t i = 1; i < segment.of; ++i) fold(parts[n], parts[n + i * segment.turns]);
+    for (int64_t i = n + 1; i <= segment.closes; ++i)
+      if (all[i].opens == n) fold(parts[n], parts[i]);
     finish(parts[n]);
   }
 
@@ -190,17 +196,16 @@ class Attention {
 
   bool by_query() const { return dots || tiles; }
 
-  // What this thread reads after the keys and values of all[n]: the next segment of other keys.
+  // What this thread reads after the present keys: the keys and values of all[n] and of those that share them.
   void look_ahead(const std::vector<Segment>& all, int64_t n, int64_t end) {
-    const int64_t next = n + all[n].turns - all[n].turn;
     fetched = to_fetch = 0;
-    if (next >= end || (all[n].turns == 1 && all[n].of > 1)) return;  // a prompt's: computing takes longer than reading
-    ahead = all[next].sequence;
-    fetched = all[next].begin;
-    to_fetch = all[next].end;
+    if (n >= end) return;
+    ahead = all[n].sequence;
+    fetched = all[n].begin;
+    to_fetch = all[all[n].next - 1].end;
   }
 
-  // While `passed` keys of this segment are computed, a like part of the keys and values ahead comes into the second cache.
+  // While `passed` keys of a segment are computed, a like part of the keys and values ahead comes into the second cache.
   void fetch(int64_t passed) {
     const int32_t* table = b.table + ahead * b.pages_a_sequence;
     for (const int64_t end = std::min(fetched + passed / groups + 1, to_fetch); fetched < end; ++fetched) {
@@ -589,7 +594,6 @@ class Attention {
   const float* sinks;
   const int64_t skip;
   bool dots = false, tiles = false;  // which instructions the products run on; on dots, scores lie query by query
-  int64_t segment_keys = 128;        // whose scores are held at a time, and the least that a thread takes on
   // of the present segment
   Segment segment;
   int64_t row0, rows, length, count, keys, from;
@@ -650,7 +654,7 @@ inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& 
       Attention(first).run(all, starts[begin], starts[end], parts);
     });
     for (int64_t n = 0; n < static_cast<int64_t>(all.size()); ++n)
-      if (all[n].nth == 0 && !parts[n].values.empty()) Attention(first).join(all, n, parts);
+      if (all[n].opens == n && !parts[n].values.empty()) Attention(first).join(all, n, parts);
   });
   return out;
 }
