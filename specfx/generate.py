@@ -15,9 +15,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import distributed as dist
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerationMixin, GenerationMode, StopStringCriteria
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from specfx.drafters.base import Drafter
 from specfx.drafters.make import make_drafter, warm_up
@@ -182,6 +184,10 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
             return name
     if kwargs.get("position_ids") is not None:
         return "position_ids given by the caller"
+    if kwargs.get("cache_implementation") == "paged":
+        return "cache_implementation='paged': continuous batching"
+    if _in_lockstep(model, kwargs.get("synced_gpus")):
+        return "synced_gpus: every process must run as many forwards"
     cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
     if cache is not None and page_cache.beside(cache) is None:
         return "past_key_values that other code has filled or changed, or of another kind than a DynamicCache"
@@ -202,6 +208,14 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         return str(mode.value).replace("_", " ")
     return None
+
+
+def _in_lockstep(model: PreTrainedModel, synced_gpus: bool | None) -> bool:
+    """Whether `generate` keeps several processes in step: asked for, or needed, since each holds a part of the weights."""
+    if synced_gpus is not None:
+        return synced_gpus
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    return sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -6,12 +6,15 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from test_generate import stock, tokenizer
 from tiny import tiny_model
+from torch import distributed as dist
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria
 
@@ -239,6 +242,32 @@ def test_settings_that_mean_something_odd_to_stock(asked: dict[str, Any], reason
     model = prepared()
     assert_as_stock(model, reason, **asked)
     assert not torch.equal(stock(model, IDS, max_new_tokens=8, **asked), stock(model, IDS, max_new_tokens=8)), "not odd any more"
+
+
+def test_continuous_batching_is_stocks(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batch(model: Any, inputs: list[list[int]], **more: Any) -> dict[str, Any]:  # transformers' own takes a minute to begin
+        return {f"req_{i}": SimpleNamespace(prompt_ids=ids, generated_tokens=[7, 9]) for i, ids in enumerate(inputs)}
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate_batch", batch)
+    assert_as_stock(prepared(), "continuous batching", cache_implementation="paged")
+
+
+@pytest.fixture
+def a_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_processes_that_must_stay_in_step_do(prepared: Any, a_process_group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = prepared()
+    assert_as_stock(model, "synced_gpus", synced_gpus=True)
+    monkeypatch.setattr(model, "_is_fsdp_managed_module", True, raising=False)  # as sharding does
+    assert_as_stock(model)  # by one process
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op: None)
+    assert_as_stock(model, "synced_gpus")
+    assert_as_stock(model, synced_gpus=False)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
