@@ -80,6 +80,7 @@ class Reason(enum.Enum):
     CHAINS_UNVERIFIABLE = "this model can't verify draft chains"
     NOT_ACCELERATED = "this call is not accelerated"
     ENGINE_NOT_READY = "the engine is still being built"
+    ONE_BY_ONE = "the eager engine would run the sequences of a batch one after another"
     SWITCHED_OFF = "switched off by the user"
     DRAFTS_CHAINS = "this head drafts chains only"
     DRAFTING_APART = "drafting is not part of the graph"

@@ -127,6 +127,7 @@ class SpeculativeGenerate:
                 streamer=kwargs.get("streamer"),
                 prefill_callback=self.common.prefill_callback,
                 cache=kwargs.get("past_key_values"),
+                one_by_one=self.common.engine == "eager",
             )
             try:
                 with call.timed("total"):

@@ -20,7 +20,7 @@ from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsPr
 
 import specfx
 from specfx.engines.stock import StockEngine
-from specfx.errors import UnsupportedModelError
+from specfx.errors import Reason, UnsupportedModelError
 
 IDS = torch.arange(1, 11)[None]
 ENGINES = ("graph", "eager")
@@ -375,3 +375,38 @@ def test_a_chat_that_began_without_an_engine_goes_on_with_it(kind: Any, prepared
         assert torch.equal(text, stock(model, longer, max_new_tokens=6))
     assert specfx.explain(model).stock_calls == calls
     assert specfx.stats(model).last.reused_tokens == longer.shape[1] - 11
+
+
+# --- batches where no engine takes them whole ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["auto", "graph"])
+def test_the_eager_engine_takes_a_batch_only_if_it_is_asked_for_by_name(engine: str) -> None:
+    """One after another, the sequences would take longer than stock takes for all."""
+    model = wrapped(tiny_model("qwen3_next"), engine=engine)
+    two = torch.cat([IDS, IDS + 20])
+    first = {"attention_mask": torch.ones_like(two), "pad_token_id": 0}
+    first["attention_mask"][1, :3] = 0
+    assert_as_stock(model)
+    assert specfx.explain(model).engine == "eager"
+    for asked in ({"inputs": two, **first}, {"inputs": IDS, "do_sample": True, "num_return_sequences": 2, "top_k": 1}):
+        expected = stock(model, **asked, max_new_tokens=8)
+        assert torch.equal(model.generate(**asked, max_new_tokens=8), expected)
+    assert specfx.explain(model).stock_calls == {Reason.ONE_BY_ONE.value: 2}
+    specfx.speculate(model, "suffix", engine="eager")
+    assert torch.equal(model.generate(two, **first, max_new_tokens=8), stock(model, two, **first, max_new_tokens=8))
+    assert not specfx.explain(model).stock_calls
+
+
+def test_a_batch_that_no_engine_takes_whole_is_drawn_as_an_engine_draws() -> None:
+    model, texts = tiny_model("qwen3_next"), []
+    two = torch.cat([IDS, IDS + 20])
+    for engine in ("auto", "eager"):
+        wrapped(model, engine=engine)
+        cache = DynamicCache(config=model.config)
+        torch.manual_seed(5)
+        texts.append(model.generate(two, do_sample=True, max_new_tokens=8, past_key_values=cache))
+        longer = torch.cat([texts[-1], two + 9], 1)
+        texts[-1] = model.generate(longer, do_sample=True, max_new_tokens=8, past_key_values=cache)
+        assert set(specfx.explain(model).stock_calls) == ({Reason.ONE_BY_ONE.value} if engine == "auto" else set())
+    assert torch.equal(*texts)

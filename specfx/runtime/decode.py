@@ -41,6 +41,8 @@ from specfx.runtime.stats import CallStats
 
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
 NOTHING_VERIFIED = "no engine can verify drafts on this model"
+_FOR_WANT_OF_AN_ENGINE = (Reason.ENGINE_NOT_READY.value, Reason.ONE_BY_ONE.value, NOTHING_VERIFIED)
+"""Reasons for which a call goes to stock that an engine might have served: drawn as an engine draws."""
 FEWEST_SHARED = 16
 """Tokens that a prompt must have in common with another sequence to share its memory: copying the rest of a page costs as much as running
 about so many."""
@@ -57,8 +59,10 @@ def stock_reason(
     inputs: dict[str, Any],
     cache: DynamicCache | None = None,
     pages: PageCache | None = None,
+    one_by_one: bool = True,
 ) -> str | None:
-    """Why this call goes to the stock method; None if it is accelerated."""
+    """Why this call goes to the stock method; None if it is accelerated. one_by_one: whether a batch may go to an engine that runs its
+    sequences one after another."""
     if any(refusal.reason is Reason.HEAD_UNFED for refusal in drafter.refusals):
         return Reason.HEAD_UNFED.value
     if config.return_dict_in_generate:
@@ -96,7 +100,11 @@ def stock_reason(
     # Last, so that a call that will always be stock's is so from the beginning, drawn as stock draws.
     if engine.name == "stock":
         return Reason.ENGINE_NOT_READY.value
-    return NOTHING_VERIFIED if engine.verifies == "nothing" else None
+    if engine.verifies == "nothing":
+        return NOTHING_VERIFIED
+    if engine.name == "eager" and not one_by_one and input_ids.shape[0] > 1:
+        return Reason.ONE_BY_ONE.value
+    return None
 
 
 def speculative_decode(
@@ -115,25 +123,27 @@ def speculative_decode(
     streamer: BaseStreamer | None = None,
     prefill_callback: Callable[[int, int], None] | None = None,
     cache: DynamicCache | None = None,
+    one_by_one: bool = True,
     **inputs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """A decoding method for `generate` on the engine of `keeper`; input_ids ``[B, L]`` -> ``[B, L + new]``.
 
-    cache: the caller's, which `page_cache.beside` accepts; it is filled.
+    cache: the caller's, which `page_cache.beside` accepts; it is filled. one_by_one: as in `stock_reason`.
     Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call, also where stock
-    serves it because no engine is ready yet.
+    serves it for want of an engine.
     """
     config, engine, pages = generation_config, keeper.engine, page_cache.beside(cache)
-    reason = stock_reason(input_ids, logits_processor, stopping_criteria, config, streamer, engine, drafter, inputs, cache, pages)
+    asked = (input_ids, logits_processor, stopping_criteria, config, streamer)
+    reason = stock_reason(*asked, engine, drafter, inputs, cache, pages, one_by_one)
     if reason is not None:
         record_stock(reason)
         stock = functools.partial(type(model)._sample, model, input_ids, streamer=streamer, **inputs)
-        if reason in (Reason.ENGINE_NOT_READY.value, NOTHING_VERIFIED) and config.do_sample:
+        if reason in _FOR_WANT_OF_AN_ENGINE and config.do_sample:
             pads = _paddings(input_ids, inputs.get("attention_mask"))
             output = _drawn_by_stock(stock, pads, logits_processor, stopping_criteria, config)
         else:
             output = stock(logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=config)
-        if reason == Reason.ENGINE_NOT_READY.value:  # a chat goes on with the engine when there is one
+        if reason in _FOR_WANT_OF_AN_ENGINE:  # a chat goes on with the engine when there is one
             sequences = output if isinstance(output, Tensor) else output.sequences
             kept = cache if cache is not None else getattr(output, "past_key_values", None)
             page_cache.note_stocks(kept, model, sequences, inputs.get("attention_mask"))
