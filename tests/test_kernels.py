@@ -7,7 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -481,6 +481,32 @@ def test_wrong_dtypes_and_layouts_raise(op: object, name: str, spoil: object, ke
         op(**arguments, **batch.constants)
     if op is tree_attention_:
         assert torch.equal(bits(arguments["k_pages"]), before), "refused after the pool was written"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("q", lambda q: q.repeat(1, 1, 2), "queries .* don't fit"),
+        ("q", lambda q: q[:, :3], "queries .* don't fit"),
+        ("v_pages", lambda v: v[:-1], "queries .* don't fit"),
+        ("v_pages", lambda v: v[:, :-1].contiguous(), "queries .* don't fit"),
+        ("q", lambda q: q[:-1], "has 10 rows, there are 9 queries"),
+        ("k", lambda k: k[:-1], "has 10 rows, .* 9 keys"),
+        ("v", lambda v: v[:-1], "has 10 rows, .* 9 keys"),
+        ("tree_mask", lambda mask: mask[:-1], "has 10 rows, .* and 9 words of the mask"),
+        ("page_table", lambda table: table[:, :1].contiguous(), "sequence 0 has 17 tokens, the page table room for 4"),
+        ("page_table", lambda table: table[:1], "2 sequences"),
+        ("lengths", lambda lengths: lengths[:1], "1 sequences"),
+    ],
+)
+def test_shapes_that_would_be_read_beyond_their_end_are_refused(name: str, spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    batch = make_batch(Shape(2, 2, dtype=torch.float32), [9, 3], [TREE, causal_run(2)], 5)
+    batch.run(tree_attention_)
+    before = bits(batch.arguments["k_pages"]).clone()
+    with pytest.raises(RuntimeError, match=message):
+        tree_attention_(**batch.arguments | {name: spoil(batch.arguments[name])}, **batch.constants)
+    assert torch.equal(bits(batch.arguments["k_pages"]), before), "refused after the pool was written"
 
 
 @pytest.mark.usefixtures("kernels")

@@ -595,11 +595,11 @@ class Attention {
   const int64_t skip;
   bool dots = false, tiles = false;  // which instructions the products run on; on dots, scores lie query by query
   // of the present segment
-  Segment segment;
-  int64_t row0, rows, length, count, keys, from;
-  int64_t stride;  // on dots: what the scores of two queries lie apart
-  bool causal;
-  int64_t row_of[kLanes], head_of[kLanes], standing[kLanes];
+  Segment segment{};
+  int64_t row0 = 0, rows = 0, length = 0, count = 0, keys = 0, from = 0;
+  int64_t stride = 0;  // on dots: what the scores of two queries lie apart
+  bool causal = false;
+  int64_t row_of[kLanes] = {}, head_of[kLanes] = {}, standing[kLanes] = {};
   Sums part;
   std::vector<Sums> sums;  // up to this segment, of those that take turns
   std::vector<float> lines, wide, block;
@@ -629,6 +629,20 @@ inline void append(const Tensor& rows, Tensor& pages, const Batch& b, const Tens
     }
 }
 
+// Whether nothing is read beyond its end: of a batch that is to have so many queries, keys and words of the mask, in pages of `page` tokens.
+inline void require_room(const Batch& b, const Tensor& table, const Tensor& starts, int64_t queries, int64_t keys, int64_t words, int64_t page) {
+  TORCH_CHECK(table.size(0) == b.sequences && starts.size(0) == b.sequences + 1, "specfx::tree_attention_: ", b.sequences,
+              " sequences don't fit a page table of ", table.sizes(), " and row_starts of ", starts.sizes());
+  const int64_t rows = b.starts[b.sequences];
+  TORCH_CHECK(rows <= queries && rows <= keys && (!b.mask || rows <= words), "specfx::tree_attention_: the batch has ", rows, " rows, there are ", queries,
+              " queries, ", keys, " keys and ", words, " words of the mask");
+  for (int64_t s = 0; s < b.sequences; ++s) {
+    const int64_t tokens = b.lengths[s] + b.starts[s + 1] - b.starts[s];
+    TORCH_CHECK(tokens <= b.pages_a_sequence * page, "specfx::tree_attention_: sequence ", s, " has ", tokens, " tokens, the page table room for ",
+                b.pages_a_sequence * page);
+  }
+}
+
 inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& v_, const std::optional<Tensor>& tree_mask, const Tensor& page_table,
                        const Tensor& lengths, const Tensor& row_starts, const Tensor& moves, Tensor k_pages, Tensor v_pages, double scale,
                        int64_t window, double softcap, const std::optional<Tensor>& sinks, int64_t skip) {
@@ -637,8 +651,11 @@ inline Tensor tree_attention_(const Tensor& q_, const Tensor& k_, const Tensor& 
     TORCH_CHECK(x.scalar_type() == q_.scalar_type(), "specfx::tree_attention_: q is ", q_.scalar_type(), ", k, v or a pool is ", x.scalar_type());
   TORCH_CHECK(k_.sizes().slice(1) == k_pages.sizes().slice(2) && v_.sizes().slice(1) == v_pages.sizes().slice(2),
               "specfx::tree_attention_: rows of k ", k_.sizes(), " and v ", v_.sizes(), " don't fit the pools ", k_pages.sizes(), ", ", v_pages.sizes());
+  TORCH_CHECK(k_pages.sizes().slice(0, 3) == v_pages.sizes().slice(0, 3) && q_.size(2) == k_pages.size(3) && q_.size(1) % k_pages.size(2) == 0,
+              "specfx::tree_attention_: queries ", q_.sizes(), " don't fit the pools ", k_pages.sizes(), ", ", v_pages.sizes());
   const Tensor q = q_.contiguous(), k = rows_in_one_piece(k_) ? k_ : k_.contiguous(), v = rows_in_one_piece(v_) ? v_ : v_.contiguous();
   const Batch b = view(tree_mask, page_table, lengths, row_starts);
+  require_room(b, page_table, row_starts, q.size(0), std::min(k.size(0), v.size(0)), tree_mask ? tree_mask->numel() : 0, k_pages.size(1));
   append(k, k_pages, b, moves);
   append(v, v_pages, b, moves);
   Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
