@@ -392,6 +392,19 @@ def test_large_logits_and_hidden_rows_make_no_nan() -> None:
         assert_kernel_agrees(batch)
 
 
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [4, 5])
+def test_a_value_that_is_infinite_is_so_alone(length: int, dtype: torch.dtype) -> None:
+    """Also behind the last key, where products in pairs have no second one."""
+    batch = make_batch(Shape(1, 2, 32, 32, dtype=dtype), [length], [[-1]], 2)
+    batch.arguments["v"][-1, :, 0] = torch.inf
+    out, *_ = batch.run(tree_attention_)
+    expected, *_ = batch.run(tree_attention_reference)
+    assert expected.isinf().any()
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
 def _moved(batch: Batch, moves: list[tuple[int, int]]) -> Batch:
     batch.arguments["moves"] = torch.tensor(moves).t().contiguous()
     return batch
@@ -610,6 +623,7 @@ def test_packed_linear_refuses_what_it_would_misread() -> None:
     packed, x = pack(torch.randn(40, 64).bfloat16()), torch.randn(2, 64).bfloat16()
     for arguments in (
         (x.float(), packed, None, 40),
+        (x, packed, torch.zeros(39), 40),
         (x[:, :32], packed, None, 40),
         (x, packed.half(), None, 40),
         (x, packed, None, 65),

@@ -480,12 +480,13 @@ class Attention {
       for (int64_t v = 0; v < 2 * vectors; ++v) sum[i][v] = _mm512_setzero_ps();
     for (int64_t j = from; j < keys; j += 2) {
       if (first == 0 && d0 == 0 && j % kLanes == 0) fetch(kLanes / 2);
-      const T *even = value(j) + d0, *odd = value(std::min(j + 1, keys - 1)) + d0;  // the weight of a key that is not there is zero
+      const bool paired = j + 1 < keys;  // what is not there is zero
+      const T *even = value(j) + d0, *odd = value(paired ? j + 1 : j) + d0;
       __m512i lanes[2 * vectors];
 #pragma GCC unroll 2
       for (int64_t v = 0; v < vectors; ++v) {
         const __mmask32 mask = v + 1 == vectors ? tail : ~__mmask32(0);
-        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + v * 32), y = _mm512_maskz_loadu_epi16(mask, odd + v * 32);
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + v * 32), y = _mm512_maskz_loadu_epi16(paired ? mask : 0, odd + v * 32);
         lanes[2 * v] = _mm512_permutex2var_epi16(x, lower, y);
         lanes[2 * v + 1] = _mm512_permutex2var_epi16(x, upper, y);
       }

@@ -185,6 +185,7 @@ inline Tensor packed_linear(const Tensor& x_, const Tensor& packed, const std::o
               x.scalar_type(), " and ", packed.scalar_type());
   TORCH_CHECK(packed.is_contiguous() && n > (column_blocks - 1) * 32 && n <= column_blocks * 32, "specfx::packed_linear: the weight ", packed.sizes(),
               " is not contiguous or does not hold ", n, " columns");
+  TORCH_CHECK(!bias.has_value() || bias->numel() == n, "specfx::packed_linear: the bias has ", bias->numel(), " columns of ", n);
   auto shape = x.sizes().vec();
   shape.back() = n;
   Tensor out = at::empty(shape, x.options());
