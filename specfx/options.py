@@ -32,7 +32,8 @@ class CommonOptions:
     """Options of every method.
 
     engine: which engine to prefer; "auto" takes the compiled one. An engine that can't be had, or not yet, is stood in for by the next
-    (compiled, graph, eager), with the reason in the report; `kv_pool`, `page_size`, `disable_passes` and `cuda_graphs` are of the first
+    (compiled, graph, eager), with the reason in the report (but a batch goes to stock then, not to the eager engine, which runs its
+    sequences one after another); `kv_pool`, `page_size`, `disable_passes` and `cuda_graphs` are of the first
     two. compile: "background" returns at once: the stock `generate` serves until the compiled engine is ready (on a GPU, and with
     SPECFX_NO_ARTIFACTS, the graph engine does); "sync" waits in `speculate`; "off" never compiles. num_speculative_tokens: most
     nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).

@@ -473,6 +473,7 @@ class Attention {
     const __m512i lower = interleaving(0), upper = interleaving(16);
     const int64_t there = std::min<int64_t>(32 * vectors, dv - d0);
     const __mmask32 tail = there % 32 ? 0xffff : ~__mmask32(0);  // dv is a multiple of 16
+    const T nothing[32 * vectors] = {};  // beside a last key without a second
     __m512 sum[most][2 * vectors];
 #pragma GCC unroll 6
     for (int64_t i = 0; i < most; ++i)
@@ -480,13 +481,12 @@ class Attention {
       for (int64_t v = 0; v < 2 * vectors; ++v) sum[i][v] = _mm512_setzero_ps();
     for (int64_t j = from; j < keys; j += 2) {
       if (first == 0 && d0 == 0 && j % kLanes == 0) fetch(kLanes / 2);
-      const bool paired = j + 1 < keys;  // what is not there is zero
-      const T *even = value(j) + d0, *odd = value(paired ? j + 1 : j) + d0;
+      const T *even = value(j) + d0, *odd = j + 1 < keys ? value(j + 1) + d0 : nothing;
       __m512i lanes[2 * vectors];
 #pragma GCC unroll 2
       for (int64_t v = 0; v < vectors; ++v) {
         const __mmask32 mask = v + 1 == vectors ? tail : ~__mmask32(0);
-        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + v * 32), y = _mm512_maskz_loadu_epi16(paired ? mask : 0, odd + v * 32);
+        const __m512i x = _mm512_maskz_loadu_epi16(mask, even + v * 32), y = _mm512_maskz_loadu_epi16(mask, odd + v * 32);
         lanes[2 * v] = _mm512_permutex2var_epi16(x, lower, y);
         lanes[2 * v + 1] = _mm512_permutex2var_epi16(x, upper, y);
       }
