@@ -128,6 +128,7 @@ class SpeculativeGenerate:
                 prefill_callback=self.common.prefill_callback,
                 cache=kwargs.get("past_key_values"),
                 one_by_one=self.common.engine == "eager",
+                grows=self.common.kv_pool == "auto",
             )
             try:
                 with call.timed("total"):
@@ -197,7 +198,7 @@ def _not_ours(model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str
     prompt = kwargs.get("input_ids", kwargs.get("inputs"))
     if isinstance(prompt, torch.Tensor) and (strange := _strange_prompt(model, prompt)) is not None:
         return strange
-    if isinstance(mask, torch.Tensor) and isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape:
+    if isinstance(mask, torch.Tensor) and (prompt is None or (isinstance(prompt, torch.Tensor) and mask.shape != prompt.shape)):
         return "an attention mask that is not of the input_ids' shape"
     # Where the call has its own, transformers would still take the model's on the way to a decoding method, without a tokenizer.
     if model.generation_config.stop_strings is not None and config.stop_strings is not None:

@@ -37,10 +37,11 @@ class CommonOptions:
     two. compile: "background" returns at once: the stock `generate` serves until the compiled engine is ready (on a GPU, and with
     SPECFX_NO_ARTIFACTS, the graph engine does); "sync" waits in `speculate`; "off" never compiles. num_speculative_tokens: most
     nodes of a draft tree, ``1 .. 63`` (15 and the pending token fill one tile of 16 rows).
-    kv_pool: size of the KV page pool: "auto" (from the prompt and `max_new_tokens`), an int (pages), or a float in (0, 1) (fraction of
-    free memory). page_size: tokens a page. disable_passes: names of passes to leave out. cuda_graphs: on a GPU, replay steps as CUDA
-    graphs. max_autotune: compile each size of those steps by itself, tuned by measuring, which takes a minute or more when it is first
-    met. prefill_callback: called with (tokens done, tokens of all prompts of the call) after each piece of a prompt.
+    kv_pool: size of the KV page pool: "auto" (room for the prompt and `max_new_tokens` at once or, if that is more than there is, as the
+    text grows), an int (pages), or a float in (0, 1) (fraction of free memory). page_size: tokens a page. disable_passes: names of passes
+    to leave out. cuda_graphs: on a GPU, replay steps as CUDA graphs. max_autotune: compile each size of those steps by itself, tuned by
+    measuring, which takes a minute or more when it is first met. prefill_callback: called with (tokens done, tokens of all prompts of the
+    call) after each piece of a prompt.
     """
 
     engine: str = "auto"

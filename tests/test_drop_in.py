@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from test_generate import stock, tokenizer
-from tiny import tiny_model
+from tiny import CONTEXT, tiny_model
 from torch import distributed as dist
 from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration, GenerationConfig, LlamaForCausalLM, PreTrainedModel
-from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria
+from transformers.generation import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor, StopStringCriteria, stopping_criteria
 
 import specfx
 from specfx.engines.stock import StockEngine
-from specfx.errors import Reason, UnsupportedModelError
+from specfx.errors import KVPoolError, Reason, UnsupportedModelError
+from specfx.runtime import kv_pool
 
 IDS = torch.arange(1, 11)[None]
 ENGINES = ("graph", "eager")
@@ -234,14 +235,28 @@ def test_lengths_of_other_types(length: Any, engine: str, method: str | None, pr
     ("asked", "reason"),
     [
         ({"use_cache": None}, "use_cache=None"),
+        ({"use_cache": 0}, "use_cache=0"),
+        ({"logits_to_keep": torch.tensor([0])}, "logits_to_keep=tensor([0])"),
         ({"attention_mask": torch.full_like(IDS, 2)}, "an attention mask of other values than 0 and 1"),
     ],
-    ids=["cache", "mask"],
+    ids=["cache", "no cache", "logits", "mask"],
 )
 def test_settings_that_mean_something_odd_to_stock(asked: dict[str, Any], reason: str, prepared: Any) -> None:
     model = prepared()
     assert_as_stock(model, reason, **asked)
     assert not torch.equal(stock(model, IDS, max_new_tokens=8, **asked), stock(model, IDS, max_new_tokens=8)), "not odd any more"
+
+
+def test_a_mask_that_is_longer_than_the_prompt_is_stocks(prepared: Any) -> None:
+    model = prepared()
+    asked = {"bos_token_id": 3, "attention_mask": torch.tensor([[0, 0, 0, 1]]), "max_new_tokens": 8}
+    assert torch.equal(model.generate(**asked), stock(model, **asked))
+    assert list(specfx.explain(model).stock_calls) == ["an attention mask that is not of the input_ids' shape"]
+
+
+def test_end_tokens_in_a_list_of_lists(prepared: Any) -> None:
+    end = stock(prepared(), IDS, max_new_tokens=8)[0, 14].item()
+    assert_as_stock(prepared(), eos_token_id=[[end]])
 
 
 def test_continuous_batching_is_stocks(prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,6 +390,53 @@ def test_a_chat_that_began_without_an_engine_goes_on_with_it(kind: Any, prepared
         assert torch.equal(text, stock(model, longer, max_new_tokens=6))
     assert specfx.explain(model).stock_calls == calls
     assert specfx.stats(model).last.reused_tokens == longer.shape[1] - 11
+
+
+# --- more tokens than there is memory for ------------------------------------------------------------------------------------------------
+
+
+def latest(text: list[int]) -> int:
+    """The token of `text` that is last to come up in it."""
+    return max(set(text), key=text.index)
+
+
+@pytest.mark.parametrize("method", [None, "suffix"])
+@pytest.mark.parametrize("most", [float("inf"), 10**12], ids=str)
+def test_texts_that_may_become_longer_than_the_memory_is(most: Any, method: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is taken as they grow. They end behind the model's context, which is warned of as in stock."""
+    model = wrapped(method=method)
+    two = torch.cat([IDS, IDS + 20])
+    ends = [latest(row.tolist()) for row in stock(model, two, max_new_tokens=900)[:, 10:]]
+    asked = {"max_new_tokens": most, "eos_token_id": ends, "pad_token_id": 0}
+    warned: list[str] = []
+    monkeypatch.setattr(stopping_criteria.logger, "warning_once", warned.append)
+    expected = stock(model, two, **asked)
+    assert expected.shape[1] > CONTEXT
+    assert torch.equal(model.generate(two, **asked), expected)
+    assert not specfx.explain(model).stock_calls
+    assert specfx.explain(model).pages_in_use == 0
+    assert warned[0] == warned[-1]
+
+
+def test_a_chat_that_may_become_longer_than_the_memory_is_keeps_its_pages(prepared: Any) -> None:
+    model, cache = prepared(), DynamicCache()
+    text = model.generate(IDS, max_new_tokens=10**12, past_key_values=cache, stopping_criteria=[lambda ids, scores: ids.shape[1] > 400])
+    asked = {"max_new_tokens": 10**12, "stopping_criteria": [lambda ids, scores: ids.shape[1] > 800]}
+    longer = torch.cat([text, IDS], 1)
+    assert torch.equal(model.generate(longer, past_key_values=cache, **asked), stock(model, longer, **asked))
+    assert specfx.stats(model).last.reused_tokens == text.shape[1] - 1
+
+
+def test_a_text_that_outgrows_the_memory_is_an_error_and_the_next_call_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrapped()
+    pool = model.generate.ready().engine.pool
+    monkeypatch.setattr(kv_pool, "free_memory", lambda device: 20 * pool.page_bytes - pool.pages * pool.page_bytes)
+    with pytest.raises(KVPoolError, match="no room for a text of more than"):
+        model.generate(IDS, max_new_tokens=10**12)
+    with pytest.raises(KVPoolError, match="MiB more"):
+        model.generate(IDS.repeat(6, 1) + torch.arange(6)[:, None], max_new_tokens=10**12)
+    assert specfx.explain(model).pages_in_use == 0
+    assert_as_stock(model)
 
 
 # --- batches where no engine takes them whole ------------------------------------------------------------------------------------------

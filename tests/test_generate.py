@@ -6,6 +6,7 @@ generates, hides it among wrong siblings, and goes on beyond the token at which 
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -563,6 +564,25 @@ def test_a_streamer_gets_what_stock_gives_it(engine: str, oracle: bool, wrap: Wr
     positional = Recording()
     model.generate(ids, None, None, None, None, None, None, positional, max_new_tokens=4)
     assert len(positional.puts) == 5
+    assert_ours(model)
+
+
+def test_criteria_and_processors_can_tell_what_the_streamer_has_got(wrap: Wrap) -> None:
+    """Both are asked about a token when all before it are streamed."""
+    model, ids = wrap(method="suffix"), prompt_of()
+    give_oracle(model, ids)
+    seen: dict[bool, list[int]] = {}
+    for ours in (True, False):
+        streamer, lengths = Recording(), list[int]()
+
+        def note(input_ids: torch.Tensor, scores: Any, streamer: Recording = streamer, lengths: list[int] = lengths) -> Any:
+            lengths.append(len(streamer.puts))
+            return scores if isinstance(scores, torch.Tensor) else len(streamer.puts) == 12
+
+        generate = model.generate if ours else functools.partial(stock, model)
+        generate(ids, max_new_tokens=24, streamer=streamer, logits_processor=[note], stopping_criteria=[note])
+        seen[ours] = lengths
+    assert seen[True] == seen[False] == [n for n in range(1, 13) for _ in range(2)]
     assert_ours(model)
 
 

@@ -88,6 +88,26 @@ def test_a_sequence_reserves_all_its_pages_when_it_is_added() -> None:
             pool.begin([seq], [count])
 
 
+def test_a_sequence_is_extended_behind_what_it_holds() -> None:
+    pool = pool_of()
+    pool.add(0, 9)
+    pool.add(1, 20, 0, 8)
+    pages = pool.page_table([0])[0].tolist()
+    pool.begin([0], [9])
+    pool.commit(0, [0, 2, 8])
+    pool.extend(0, 21)
+    assert pool.page_table([0])[0, :3].tolist() == pages
+    assert pool.page_table([0]).shape == (1, 6)
+    assert not set(pool.page_table([0])[0, 3:].tolist()) & {*pages, *pool.page_table([1])[0].tolist()}
+    assert pool.begin([0], [21 - 3]).shape == (2, 2)
+    before = state_of(pool)
+    pool.extend(0, 21)
+    assert state_of(pool) == before
+    for seq in (0, 1):
+        pool.remove(seq)
+    assert pool.pages_in_use == 0
+
+
 def test_an_id_in_use_is_refused_and_an_unknown_one_ignored() -> None:
     pool = pool_of()
     pool.add(7, 5)
@@ -170,6 +190,14 @@ def test_a_pool_that_outgrows_the_memory_is_refused_before_it_is_allocated(monke
     with pytest.raises(KVPoolError, match="MiB more on cpu"):
         pool.add(1, 4 * 11)
     assert state_of(pool) == before
+
+
+def test_a_pool_that_can_not_grow_by_half_grows_by_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of()
+    pool.add(0, 40)
+    monkeypatch.setattr(kv_pool, "free_memory", lambda device: 2 * pool.page_bytes)
+    pool.extend(0, 48)
+    assert (pool.pages, pool.pages_in_use) == (12, 12)
 
 
 def test_memory_that_runs_out_in_the_middle_of_growth_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +325,22 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.add(self.ids, capacity, source, shared)
         self.capacity[self.ids], self.kept[self.ids], self.fresh[self.ids] = capacity, [], []
         return True
+
+    @precondition(lambda self: self.capacity)
+    @rule(data=st.data(), capacity=st.integers(0, 30))
+    def extend(self, data: st.DataObject, capacity: int) -> None:
+        seq = data.draw(st.sampled_from(sorted(self.capacity)))
+        before = state_of(self.pool)
+        more = -(-capacity // 3) - self.pages[seq]
+        if self.LIMIT is not None and more > 0 and self.pool.pages_in_use + more > self.LIMIT:
+            with pytest.raises(KVPoolError):
+                self.pool.extend(seq, capacity)
+            assert state_of(self.pool) == before
+            return
+        self.pool.extend(seq, capacity)
+        if more <= 0:
+            assert state_of(self.pool) == before
+        self.capacity[seq] = max(self.capacity[seq], capacity)
 
     @precondition(lambda self: self.capacity)
     @rule(data=st.data(), more=st.integers(0, 9), gone=st.booleans())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from specfx.drafters.base import NoDrafter
 from specfx.engines.base import Rows, RowsOutput
 from specfx.errors import KVPoolError
 from specfx.runtime import session
-from specfx.runtime.session import Arrival, Committed, Processor, Runtime
+from specfx.runtime.session import PIECE, Arrival, Committed, Processor, Runtime
 from specfx.runtime.stats import STAGES, CallStats
 from specfx.runtime.tree import EMPTY_TREE, DraftTree
 
@@ -84,6 +85,9 @@ class FakeEngine:
         self._maybe_raise("add")
         assert seq not in self.kept
         self.kept[seq], self.capacity[seq], self.fresh[seq] = [], capacity, []
+
+    def extend(self, seq: int, capacity: int) -> None:
+        self.capacity[seq] = max(self.capacity[seq], capacity)
 
     def forward(self, batch: Sequence[Rows]) -> list[RowsOutput]:
         self._maybe_raise("forward")
@@ -592,6 +596,80 @@ def test_a_full_pool_refuses_a_sequence_before_the_drafter_hears_of_it() -> None
         runtime.add([1, 2], 20, never)
     assert not drafter.prompts
     assert not runtime.sequences
+
+
+@dataclass
+class Bounded(FakeEngine):
+    """It has room for so many tokens of all sequences."""
+
+    tokens: int = 0
+
+    def add(self, seq: int, capacity: int) -> None:
+        self._require(capacity)
+        super().add(seq, capacity)
+
+    def extend(self, seq: int, capacity: int) -> None:
+        self._require(capacity - self.capacity[seq])
+        super().extend(seq, capacity)
+
+    def _require(self, more: int) -> None:
+        if sum(self.capacity.values()) + more > self.tokens:
+            raise KVPoolError("full")
+
+
+@pytest.mark.parametrize("policy", [nothing, oracle, bushy])
+def test_sequences_that_grow_get_room_when_they_need_it(policy: Policy) -> None:
+    """Two long ones and a short one, beside one that they can do without."""
+    engine, drafter = Bounded(tokens=1300), FakeDrafter(policy)
+    engine.add(-1, 400)
+    lengths = {1: 700, 2: 5, 3: 300}
+
+    def ending(n: int) -> Callable[[int], bool]:
+        count = itertools.count(1)
+        return lambda token: next(count) == n
+
+    def make_room() -> bool:
+        there = -1 in engine.kept
+        engine.remove(-1)
+        return there
+
+    runtime = Runtime(engine, drafter, 5, CallStats(), make_room)
+    seqs = [runtime.reserve(1, 10**9, grows=True) for _ in lengths]
+    firsts = runtime.admit([Arrival([i], 10**9, ending(n), seq=seq) for seq, (i, n) in zip(seqs, lengths.items(), strict=True)])
+    assert all(engine.capacity[seq] == 1 + PIECE + 6 for seq in seqs)
+    assert -1 in engine.kept  # there was no need yet
+    assert list(finish(runtime, *firsts).values()) == [plain([i], n) for i, n in lengths.items()]
+    assert_empty(engine, drafter, runtime)
+
+
+def test_a_sequence_that_grows_has_no_more_room_than_it_may_need() -> None:
+    engine = Bounded(tokens=27)
+    runtime = Runtime(engine, FakeDrafter(oracle), 5, CallStats())
+    seq = runtime.reserve(1, 20, grows=True)
+    assert engine.capacity[seq] == 27
+    assert finish(runtime, runtime.add([1], 20, never, seq=seq))[seq] == plain([1], 20)
+
+
+def test_a_text_that_outgrows_the_memory_is_an_error_and_leaves_nothing_behind() -> None:
+    engine, drafter = Bounded(tokens=800), FakeDrafter(nothing)
+    runtime = Runtime(engine, drafter, 5, CallStats())
+    with pytest.raises(KVPoolError, match="full"):  # not even its beginning fits
+        runtime.reserve(700, 10**9, grows=True)
+    first = runtime.add([1], 10**9, never, seq=runtime.reserve(1, 10**9, grows=True))
+    with pytest.raises(KVPoolError, match=r"no room for a text of more than \d+ tokens: full"):
+        finish(runtime, first)
+    assert_empty(engine, drafter, runtime)
+
+
+def test_what_is_asked_of_a_kept_sequence_has_room_too() -> None:
+    engine = Bounded(tokens=2000)
+    runtime = Runtime(engine, FakeDrafter(nothing), 5, CallStats())
+    first = runtime.add([1], 10**9, lambda token: True, seq=runtime.reserve(1, 10**9, grows=True), keep=True)
+    assert first.finished
+    after = [3] * 900
+    assert torch.equal(runtime.logits_on(first.seq, after)[-1], logits_after([1, *first.tokens, *after]))
+    runtime.close()
+    assert not engine.kept
 
 
 def test_close_and_remove_free_sequences_that_have_not_ended() -> None:

@@ -3,6 +3,7 @@
 The runtime needs five verbs and knows nothing else::
 
     engine.add(seq, capacity, source, shared)  # room for `capacity` tokens, or KVPoolError
+    engine.extend(seq, capacity)  # more room, where not all could be had at once
     engine.inherit(seq)                        # its first tokens are those of `source`: they need no forward of their own
     out = engine.forward([Rows(seq, ...)])     # one target forward over all given rows of all given sequences
     engine.commit(seq, rows)                   # of the last forward, these rows of `seq` stay in its KV; the rest is rolled back
@@ -103,6 +104,9 @@ class Engine(Protocol):
         """Reserve room for `capacity` tokens of a new sequence. Raises `KVPoolError` before anything is changed.
 
         source: another sequence, whose first `shared` tokens, present or to come, the new one begins with."""
+
+    def extend(self, seq: int, capacity: int) -> None:
+        """Reserve room for `capacity` tokens of `seq` in all. Raises `KVPoolError` before anything is changed."""
 
     def inherit(self, seq: int) -> int:
         """Commit to `seq`, once and before its first forward, what of its `source` it can take over; how many tokens that is, at most

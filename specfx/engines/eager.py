@@ -76,6 +76,9 @@ class EagerEngine:
         past = self._sequences[seq] = Past(self.model.config)
         past.source, past.shared = source, shared
 
+    def extend(self, seq: int, capacity: int) -> None:
+        """As `add`: nothing is reserved."""
+
     def inherit(self, seq: int) -> int:
         """See `Engine.inherit`. The keys and values are copied; a source that has gone, or that has states, leaves nothing."""
         past = self._sequences[seq]

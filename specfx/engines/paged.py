@@ -120,6 +120,9 @@ class PagedEngine:
         # the stitched head's row of the last shared token is paired with the token behind it, which may not be shared
         self.pool.add(seq, capacity + self.draft_rows, source, max(0, shared - self.drafts))
 
+    def extend(self, seq: int, capacity: int) -> None:
+        self.pool.extend(seq, capacity + self.draft_rows)
+
     def inherit(self, seq: int) -> int:
         return self.pool.inherit(seq)
 

@@ -18,6 +18,9 @@ class StockEngine:
     def add(self, seq: int, capacity: int, source: int | None = None, shared: int = 0) -> None:
         raise NotImplementedError
 
+    def extend(self, seq: int, capacity: int) -> None:
+        raise NotImplementedError
+
     def inherit(self, seq: int) -> int:
         raise NotImplementedError
 

@@ -36,11 +36,13 @@ from specfx.runtime.choice import AsDrawn, Record
 from specfx.runtime.held import Held, Keeper
 from specfx.runtime.page_cache import PageCache
 from specfx.runtime.rowwise import ROWWISE_CRITERIA, ROWWISE_PROCESSORS, Stop, is_pointwise, of_row, standard_warp
-from specfx.runtime.session import Arrival, Committed, Runtime
+from specfx.runtime.session import PIECE, Arrival, Runtime
 from specfx.runtime.stats import CallStats
 
 _KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache", "logits_to_keep", "cache_position"}
 NOTHING_VERIFIED = "no engine can verify drafts on this model"
+_ENDLESS = 1 << 40
+"""Tokens that no text has."""
 _FOR_WANT_OF_AN_ENGINE = (Reason.ENGINE_NOT_READY.value, Reason.ONE_BY_ONE.value, NOTHING_VERIFIED)
 """Reasons for which a call goes to stock that an engine might have served: drawn as an engine draws."""
 FEWEST_SHARED = 16
@@ -81,8 +83,11 @@ def stock_reason(
         return f"model inputs {', '.join(unknown)}"
     if mask is not None and bool(((mask != 0) & (mask != 1)).any()):  # stock counts positions by adding it up
         return "an attention mask of other values than 0 and 1"
-    if config.use_cache is None:
-        return "use_cache=None"
+    if type(config.use_cache) is not bool:
+        return f"use_cache={config.use_cache!r}"
+    kept = inputs.get("logits_to_keep")
+    if kept is not None and (type(kept) is not int or kept < 0):
+        return f"logits_to_keep={kept!r}"
     if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
         return "an attention mask that is not left padding"
     if mask is not None and not bool(mask.any(-1).all()):
@@ -124,11 +129,13 @@ def speculative_decode(
     prefill_callback: Callable[[int, int], None] | None = None,
     cache: DynamicCache | None = None,
     one_by_one: bool = True,
+    grows: bool = True,
     **inputs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """A decoding method for `generate` on the engine of `keeper`; input_ids ``[B, L]`` -> ``[B, L + new]``.
 
-    cache: the caller's, which `page_cache.beside` accepts; it is filled. one_by_one: as in `stock_reason`.
+    cache: the caller's, which `page_cache.beside` accepts; it is filled. one_by_one: as in `stock_reason`. grows: whether texts are begun
+    for which there is not enough memory if they become as long as they may.
     Greedy: token for token what stock decoding gives. Sampling: one draw from torch's default generator seeds the call, also where stock
     serves it for want of an engine.
     """
@@ -152,9 +159,8 @@ def speculative_decode(
     rows: list[list[int]] = input_ids.tolist()
     pads = _paddings(input_ids, mask)
     prompts = [row[pad:] for row, pad in zip(rows, pads, strict=True)]
-    limit = min((math.ceil(float(c.max_length)) for c in stopping_criteria if type(c) is MaxLengthCriteria), default=None)
-    if limit is None:
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or input_ids.shape[1] + 1024
+    lengths = [criterion for criterion in stopping_criteria if type(criterion) is MaxLengthCriteria]
+    limit = math.ceil(min([_ENDLESS, *(float(criterion.max_length) for criterion in lengths)]))
     seed = _seed() if config.do_sample else None
     recorded = config.return_dict_in_generate and (config.output_scores or config.output_logits)
     warp = None if seed is None else standard_warp(logits_processor)
@@ -165,12 +171,12 @@ def speculative_decode(
     runtime = Runtime(engine, drafter, max_nodes, stats, progress=progress, chunk=config.prefill_chunk_size, budget=budget)
     generated: dict[int, list[int]] = {}
     try:
-        seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], None if pages is None else pages.held)
+        seqs = _reserve(runtime, keeper, prompts, limit - input_ids.shape[1], None if pages is None else pages.held, grows)
         arrivals = [
             Arrival(
                 prompt,
                 limit - len(row),
-                stop := Stop(row, stopping_criteria, input_ids.device, record),
+                stop := Stop(row, stopping_criteria, input_ids.device, record, streamer),
                 None if warp is not None else of_row(logits_processor, i),
                 seen=row,
                 seq=seq,
@@ -185,12 +191,12 @@ def speculative_decode(
         ]
         for first in runtime.admit(arrivals):
             generated[first.seq] = list(first.tokens)
-            _stream(streamer, first)
         while runtime.sequences:
             for committed in runtime.step():
                 generated[committed.seq] += committed.tokens
-                _stream(streamer, committed)
         sequences = _lay_out(input_ids, list(generated.values()), config)
+        for criterion in lengths:  # which warns of a text that is longer than the model's context
+            criterion(sequences[:, :-1], None)
         if recorded:
             _record_padding(runtime, logits_processor, sequences, generated, records)
         if cache is not None and pages is not None:
@@ -263,31 +269,40 @@ class _Progress:
             self.callback(self.done, self.total)
 
 
-def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: int, held: Held | None) -> list[int]:
-    """Room for all rows, `room` new tokens each. A row shares the memory of what it has in common with a held sequence or an earlier row.
+def _reserve(runtime: Runtime, keeper: Keeper, prompts: list[list[int]], room: int, held: Held | None, grows: bool) -> list[int]:
+    """Room for all rows, `room` new tokens each; if `grows`, and that is more than there is, for the first of them. A row shares the memory
+    of what it has in common with a held sequence or an earlier row.
 
     Sequences that are held for later calls go where the memory is needed, those of `held` last. Raises `KVPoolError`.
     """
     if held is not None and not held.is_in(keeper):
         held = None
-    known = {} if held is None else {s: t[: keeper.engine.length(s)] for s, t in zip(held.seqs, held.texts, strict=True)}
-    runtime.make_room = functools.partial(keeper.make_room, held)
+    but_held = functools.partial(keeper.make_room, held)
+    ways: list[tuple[Held | None, bool, Callable[[], bool]]] = [(held, grows, but_held), (None, grows, keeper.make_room)]
+    if grows and room > PIECE:
+        ways.insert(0, (held, False, lambda: False))
+    for i, (beginning, growing, runtime.make_room) in enumerate(ways, start=1):
+        try:
+            return _reserve_rows(runtime, keeper.engine, prompts, room, beginning, growing)
+        except KVPoolError:
+            if i == len(ways):
+                raise
+            runtime.close()
+    raise AssertionError
+
+
+def _reserve_rows(runtime: Runtime, engine: Engine, prompts: list[list[int]], room: int, held: Held | None, grows: bool) -> list[int]:
+    known = {} if held is None else {s: t[: engine.length(s)] for s, t in zip(held.seqs, held.texts, strict=True)}
     seqs: list[int] = []
-    try:
-        for i, prompt in enumerate(prompts):
-            source: int | None = None
-            if i and prompt == prompts[i - 1]:
-                shared, source = len(prompt), seqs[-1]
-            else:
-                shared, best = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, -1))
-                source = best if shared >= FEWEST_SHARED else None
-            seqs.append(runtime.reserve(len(prompt), room, source, shared))
-            known[seqs[-1]] = prompt
-    except KVPoolError:
-        if held is None:
-            raise
-        runtime.close()
-        return _reserve(runtime, keeper, prompts, room, None)
+    for i, prompt in enumerate(prompts):
+        source: int | None = None
+        if i and prompt == prompts[i - 1]:
+            shared, source = len(prompt), seqs[-1]
+        else:
+            shared, best = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, -1))
+            source = best if shared >= FEWEST_SHARED else None
+        seqs.append(runtime.reserve(len(prompt), room, source, shared, grows))
+        known[seqs[-1]] = prompt
     return seqs
 
 
@@ -322,12 +337,6 @@ def _record_padding(
 def _by_step(rows: list[list[Tensor]]) -> tuple[Tensor, ...]:
     """For each step the rows ``[B, V]``."""
     return tuple(torch.stack(step) for step in zip(*rows, strict=True))
-
-
-def _stream(streamer: BaseStreamer | None, committed: Committed) -> None:
-    if streamer is not None:
-        for token in committed.tokens:
-            streamer.put(torch.tensor([token]))
 
 
 def _lay_out(input_ids: Tensor, generated: list[list[int]], config: GenerationConfig) -> Tensor:

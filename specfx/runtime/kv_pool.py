@@ -1,10 +1,10 @@
 """The paged KV pool: who owns which page, where each sequence stands, and what the next step must move.
 
-One page number stands for the same page in every layer's pair of pools. A sequence reserves all pages that it can need when it is
-added, so a step never fails for want of memory. A forward writes its rows behind the committed tokens; `commit` keeps an accepted path of
-them by noting *moves*, which the next forward's fused op carries out (in order, so overlapping moves are safe); rows not kept are
-simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of the free memory is a hard bound. What a
-forward must be told (page tables, moves) is made on the host; the engine brings it to the device.
+One page number stands for the same page in every layer's pair of pools. A sequence reserves pages when it is added: all that it can need,
+if they are to be had, so that no step fails for want of memory; else it is extended as it grows. A forward writes its rows behind the
+committed tokens; `commit` keeps an accepted path of them by noting *moves*, which the next forward's fused op carries out (in order, so
+overlapping moves are safe); rows not kept are simply overwritten later. Sizes: "auto" grows on demand, a number of pages or a fraction of
+the free memory is a hard bound. What a forward must be told (page tables, moves) is made on the host; the engine brings it to the device.
 
 Sequences that begin with the same tokens share the full pages of them: a sequence writes behind its committed tokens only, so a full page
 into which nothing is to be moved is never written again. Of what comes after those, a sequence has a copy of its own (`inherit`).
@@ -104,14 +104,25 @@ class KVPool:
             raise ValueError(f"sequence {seq} exists already")
         common = [] if source is None else self._sequences[source].pages[: min(shared, self._final(source)) // self.page_size]
         need = self.pages_for(capacity) - len(common)
-        if (in_use := self.pages_in_use) + need > self.pages:
-            self._grow(in_use + need)
+        self._require(need)
         self._whole = False
         pages = common + [self._free.pop() for _ in range(need)]
         for page in pages:
             self._users[page] = self._users.get(page, 0) + 1
         self._sequences[seq] = _Sequence(pages, source=source, shared=shared, common=len(common))
         self._tables, self._whole = None, True
+
+    def extend(self, seq: int, capacity: int) -> None:
+        """Reserve pages for `capacity` tokens of `seq` in all, if it has fewer. Raises `KVPoolError` (nothing changed)."""
+        sequence = self._sequences[seq]
+        need = self.pages_for(capacity) - len(sequence.pages)
+        if need > 0:
+            self._require(need)
+            self._whole = False
+            pages = [self._free.pop() for _ in range(need)]
+            self._users |= dict.fromkeys(pages, 1)
+            sequence.pages += pages
+            self._tables, self._whole = None, True
 
     def inherit(self, seq: int) -> int:
         """`seq` begins with what its source, if it was given one, holds by now; how many tokens that is. A forward of `seq` must follow
@@ -135,17 +146,27 @@ class KVPool:
         sequence.length, sequence.source = sequence.shared, None
         return sequence.length
 
+    def _require(self, more: int) -> None:
+        """Have so many free pages."""
+        if (in_use := self.pages_in_use) + more > self.pages:
+            self._grow(in_use + more)
+
     def _grow(self, pages: int) -> None:
         if self.limit is not None and pages > self.limit:
             raise KVPoolError(
                 f"the KV pool holds {self.limit} pages of {self.page_size} tokens, {pages} are needed ({self.pages_in_use} in use); "
                 "raise kv_pool, or ask for fewer tokens or sequences at a time"
             )
-        target = pages if self.limit is not None else max(pages, self.pages + self.pages // 2)
-        more = self._allocate(target - self.pages)
+        ahead = pages if self.limit is not None else max(pages, self.pages + self.pages // 2)
+        try:
+            more = self._allocate(ahead - self.pages)
+        except KVPoolError:
+            if ahead == pages:
+                raise
+            more = self._allocate(pages - self.pages)
         self._whole = False
         self._free.extend(reversed(more))
-        self.pages = target
+        self.pages += len(more)
         self._whole = True
 
     def scratch(self, tokens: int) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PrefixConstrainedLogitsProcessor, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria, logits_process
+from transformers.generation.streamers import BaseStreamer
 
 from specfx.runtime.choice import Record
 
@@ -75,21 +76,28 @@ class Stop:
     """The stopping criteria of one row: called with each new token in order; True ends the row after it.
 
     End tokens and lengths are compared as ints; any other criterion sees the row ``[1, L]`` with the token appended and the scores that
-    were recorded, as in stock.
+    were recorded. Then the token goes to the streamer. All as in stock.
     """
 
-    def __init__(self, row: Sequence[int], criteria: StoppingCriteriaList, device: torch.device, record: Record | None = None) -> None:
+    def __init__(
+        self,
+        row: Sequence[int],
+        criteria: StoppingCriteriaList,
+        device: torch.device,
+        record: Record | None = None,
+        streamer: BaseStreamer | None = None,
+    ) -> None:
         self.ends: set[int] = set()
         self.lengths: list[int] = []
         self.others = []
         for criterion in criteria:
             if type(criterion) is EosTokenCriteria:  # what is derived from it may judge otherwise
-                self.ends.update(criterion.eos_token_id.tolist())
+                self.ends.update(criterion.eos_token_id.flatten().tolist())
             elif type(criterion) is MaxLengthCriteria:
                 self.lengths.append(criterion.max_length)
             else:
                 self.others.append(criterion)
-        self.row, self.device, self.record = list(row), device, record
+        self.row, self.device, self.record, self.streamer = list(row), device, record, streamer
 
     def __call__(self, token: int) -> bool:
         self.row.append(token)
@@ -98,4 +106,6 @@ class Stop:
             ids = torch.tensor([self.row], device=self.device)
             scores = None if self.record is None else tuple(s[None] for s in self.record.scores)
             done |= any([bool(torch.as_tensor(criterion(ids, scores)).all()) for criterion in self.others])
+        if self.streamer is not None:
+            self.streamer.put(torch.tensor([token]))
         return done

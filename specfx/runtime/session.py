@@ -37,6 +37,9 @@ from specfx.runtime.tree import EMPTY_TREE, DraftTree, merged
 PREFILL_CHUNK = 512
 """Rows of prompts that one forward takes, if nothing else is asked for. Short prompts share it, and with it the reading of the weights."""
 
+PIECE = 256
+"""New tokens for which a sequence that grows has room at first, and gets more each time."""
+
 _ids = itertools.count()
 
 
@@ -137,30 +140,47 @@ class Runtime:
         self.sequences: dict[int, SequenceState] = {}
         self.kept: dict[int, list[int]] = {}
         self._reserved: dict[int, bool] = {}
+        self._rooms: dict[int, int] = {}  # tokens for which a sequence that grows has room
         self._last: tuple[list[int], RowsOutput, Tensor | None]  # of the prompt that was prefilled last
         self._drafted = True  # whether the last forward was asked for a draft
         self._others: dict[int, DraftTree] | None = None  # what would be verified without the drafter's drafts; None where there are none
 
-    def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0) -> int:
+    def reserve(self, prompt_length: int, max_new_tokens: int, source: int | None = None, shared: int = 0, grows: bool = False) -> int:
         """An id with room for a sequence that `add` brings later. Raises `KVPoolError` with nothing done.
 
+        grows: there is room for the prompt and `PIECE` new tokens; more comes when it is needed, or a step raises `KVPoolError`.
         source: a sequence of this engine with whose first `shared` tokens the prompt begins; they are not run again. `shared` is less than
         `prompt_length`, or `source` is a sequence of the same prompt, which is added just before this one.
         """
-        seq, capacity = next(_ids), prompt_length + max_new_tokens + self.max_nodes + 1
+        seq, capacity = next(_ids), prompt_length + min(max_new_tokens, PIECE if grows else max_new_tokens) + self.max_nodes + 1
+        shares = () if source is None else (source, shared)
         self._reserved[seq] = source is not None  # before there is room to give back: Ctrl-C may come at any time
+        try:
+            self._with_room(lambda: self.engine.add(seq, capacity, *shares))
+        except KVPoolError:
+            del self._reserved[seq]
+            raise
+        if grows:
+            self._rooms[seq] = capacity
+        return seq
+
+    def _with_room(self, take: Callable[[], None]) -> None:
+        """Do what takes memory; other sequences of the engine go for it, if need be."""
         while True:
             try:
-                if source is None:
-                    self.engine.add(seq, capacity)
-                else:
-                    self.engine.add(seq, capacity, source, shared)
-                break
+                return take()
             except KVPoolError:
                 if not self.make_room():
-                    del self._reserved[seq]
                     raise
-        return seq
+
+    def _extend(self, seq: int, length: int) -> None:
+        """Give `seq` room for `length` tokens. Raises `KVPoolError`."""
+        if self._rooms.get(seq, length) < length:
+            try:
+                self._with_room(lambda: self.engine.extend(seq, length + PIECE))
+            except KVPoolError as e:
+                raise KVPoolError(f"no room for a text of more than {self._rooms[seq]} tokens: {e}") from e
+            self._rooms[seq] = length + PIECE
 
     def add(self, *arguments: Any, **options: Any) -> Committed:
         """`admit` of one sequence; arguments, options: of its `Arrival`."""
@@ -260,6 +280,8 @@ class Runtime:
     def _step(self, active: list[SequenceState]) -> list[Committed]:
         if not active:
             return []
+        for sequence in active:
+            self._extend(sequence.id, len(sequence.tokens) + self.max_nodes)
         trees, wanted = self._drafts(active)
         started = time.perf_counter()
         with self.stats.timed("forward"):
@@ -357,6 +379,7 @@ class Runtime:
         rows = [self.kept[seq][-1], *tokens]
         for start in range(0, len(rows), self.chunk):
             chunk = rows[start : start + self.chunk]
+            self._extend(seq, self.engine.length(seq) + len(chunk))
             logits.append(self.engine.forward([Rows(seq, chunk)])[0].logits.clone())
             self.engine.commit(seq, range(len(chunk)))
         self.kept[seq] = kept + rows
@@ -369,6 +392,7 @@ class Runtime:
         self.sequences.pop(seq, None)
         self.kept.pop(seq, None)
         self._reserved.pop(seq, None)
+        self._rooms.pop(seq, None)
 
     def close(self) -> None:
         """Remove all sequences: what an interrupted call does."""
