@@ -192,12 +192,13 @@ def test_a_pool_that_outgrows_the_memory_is_refused_before_it_is_allocated(monke
     assert state_of(pool) == before
 
 
-def test_a_pool_that_can_not_grow_by_half_grows_by_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("free", "pages"), [(2, 12), (3, 12), (6, 14), (100, 15)])
+def test_a_pool_grows_by_half_if_that_leaves_half_of_the_memory_free(free: int, pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pool_of()
     pool.add(0, 40)
-    monkeypatch.setattr(kv_pool, "free_memory", lambda device: 2 * pool.page_bytes)
+    monkeypatch.setattr(kv_pool, "free_memory", lambda device: free * pool.page_bytes)
     pool.extend(0, 48)
-    assert (pool.pages, pool.pages_in_use) == (12, 12)
+    assert (pool.pages, pool.pages_in_use) == (pages, 12)
 
 
 def test_memory_that_runs_out_in_the_middle_of_growth_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,13 +157,11 @@ class KVPool:
                 f"the KV pool holds {self.limit} pages of {self.page_size} tokens, {pages} are needed ({self.pages_in_use} in use); "
                 "raise kv_pool, or ask for fewer tokens or sequences at a time"
             )
-        ahead = pages if self.limit is not None else max(pages, self.pages + self.pages // 2)
-        try:
-            more = self._allocate(ahead - self.pages)
-        except KVPoolError:
-            if ahead == pages:
-                raise
-            more = self._allocate(pages - self.pages)
+        target = pages
+        if self.limit is None:  # by half, so that it does not grow often, but not by more than half of what would be left
+            left = free_memory(self.device) // self.page_bytes - (pages - self.pages)
+            target = max(pages, min(self.pages + self.pages // 2, pages + left // 2))
+        more = self._allocate(target - self.pages)
         self._whole = False
         self._free.extend(reversed(more))
         self.pages += len(more)
