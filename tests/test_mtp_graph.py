@@ -100,7 +100,8 @@ def stitched(
         head.restrict(torch.arange(3, VOCAB, 3))
     part = stitching.capture_drafting(Drafting(head, shape), page_size)
     result = run_passes(module, DRAFTING, PassContext(page_size, drafting=part))
-    assert [str(r.refusal) for r in result.records if r.refusal is not None] == []
+    refusals = [r.refusal for r in result.records if r.refusal is not None]
+    assert [str(r) for r in refusals if layers == 1 or r.reason is not Reason.NOTHING_TO_DO] == []
     return model, head, module, result.module
 
 
@@ -135,22 +136,23 @@ def test_a_chain_of_two_steps_is_stitched_behind_llama() -> None:
 +  %a10: i64[2, s0] = getitem(%a7, 2)
 +  %a29: f32[1, s0, 32] = aten.linear(%a28, mtp_head_eh_proj_weight f32[32, 64])
 +  %a69: f32[s0, 4, 8] = specfx.tree_attention_(%a64, %a66, %a68, tree_mask, page_table, lengths, row_starts, %a11, k_pages_2, v_pages_2, 0.353553)
-+  %a97: f32[s1, 32] = aten.index_select(%a96, 0, %a8)
++  %a70: f32[s1, 4, 8] = aten.index_select(%a69, 0, %a8)
++  %a74: f32[1, s1, 32] = aten.index_select(%a30, 1, %a8)
 +  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
-+  %a100: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a99, -1, True)
-+  %a101: i64[s1, 1, 1] = getitem(%a100, 1)
-+  %a111: i64[1, s1] = specfx.tree_positions(%a108, %a9, %a110, %a103)
-+  %a112: f32[s1, 1, 1] = getitem(%a100, 0)
-+  %a138: f32[1, s1, 32] = aten.linear(%a137, mtp_head_eh_proj_weight f32[32, 64])
-+  %a178: f32[s1, 4, 8] = specfx.tree_attention_(%a173, %a175, %a177, %a108, page_table, %a9, %a110, %a10, k_pages_2, v_pages_2, 0.353553)
++  %a101: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a100, -1, True)
++  %a102: i64[s1, 1, 1] = getitem(%a101, 1)
++  %a112: i64[1, s1] = specfx.tree_positions(%a109, %a9, %a111, %a104)
++  %a113: f32[s1, 1, 1] = getitem(%a101, 0)
++  %a139: f32[1, s1, 32] = aten.linear(%a138, mtp_head_eh_proj_weight f32[32, 64])
++  %a179: f32[s1, 4, 8] = specfx.tree_attention_(%a174, %a176, %a178, %a109, page_table, %a9, %a111, %a10, k_pages_2, v_pages_2, 0.353553)
 +  %a0: f32[s1, 1, 128] = aten.linear(in0, model.lm_head.weight f32[128, 32])
-+  %a208: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a207, -1, True)
-+  %a209: f32[s1, 1, 1] = getitem(%a208, 0)
-+  %a210: i64[s1, 1, 1] = getitem(%a208, 1)
-+  %a223: i64[s1, 2] = aten.cat([%a102, %a218], 1)
-+  %a224: i64[s1, 2] = aten.cat([%a118, %a222], 1)
-+  %a225: f32[s1, 2] = aten.cat([%a116, %a219], 1)
-+return (%23, %20, %25, %a223, %a224, %a225)""",
++  %a209: (f32[s1, 1, 1], i64[s1, 1, 1]) = aten.max(%a208, -1, True)
++  %a210: f32[s1, 1, 1] = getitem(%a209, 0)
++  %a211: i64[s1, 1, 1] = getitem(%a209, 1)
++  %a224: i64[s1, 2] = aten.cat([%a103, %a219], 1)
++  %a225: i64[s1, 2] = aten.cat([%a119, %a223], 1)
++  %a226: f32[s1, 2] = aten.cat([%a117, %a220], 1)
++return (%23, %20, %25, %a224, %a225, %a226)""",
     )
 
 

@@ -29,7 +29,7 @@ from specfx.drafters.mtp import Drafting
 from specfx.kernels import cpu_build
 from specfx.options import CommonOptions
 from specfx.passes.framework import place_of
-from specfx.passes.pipeline import LOWERING, REWRITE
+from specfx.passes.pipeline import DRAFTING, LOWERING, REWRITE
 
 _NOT_STRUCTURE = {
     *{"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training", "_is_hf_initialized"},
@@ -41,7 +41,7 @@ _NOT_CONFIGURATION = {"_name_or_path", "transformers_version"}
 
 def graph_key(model: PreTrainedModel, options: CommonOptions, drafting: Drafting | None = None) -> str:
     """Of the graph as the rewrite passes leave it; with a head to be stitched in, of the stitched one."""
-    rewriting = sorted({p.name for p in REWRITE} & set(options.disable_passes))
+    rewriting = sorted({p.name for p in (*REWRITE, *DRAFTING)} & set(options.disable_passes))
     parts = [_model(model, drafting), _sources(), *_environment(model.device), str(options.page_size), str(rewriting)]
     return _digest(parts)
 

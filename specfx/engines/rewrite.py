@@ -31,8 +31,9 @@ def rewrite(model: PreTrainedModel, options: CommonOptions, seconds: dict[str, f
 def stitch(module: fx.GraphModule, options: CommonOptions, drafting: Drafting) -> Rewritten:
     """`module` with the head behind it. Raises `CaptureError`, `PassError`."""
     part = capture_drafting(drafting, options.page_size)
-    result = run_passes(module, DRAFTING, PassContext(options.page_size, drafting=part))
-    if (refused := result.records[-1].refusal) is not None:
+    disabled = [p.name for p in DRAFTING if p.name in options.disable_passes]
+    result = run_passes(module, DRAFTING, PassContext(options.page_size, drafting=part), disabled)
+    if result.failed is not None and (refused := result.failed.refusal) is not None:
         raise PassError(refused.detail)
     return result.module, result.records
 
