@@ -1,9 +1,9 @@
 """A stitched head drafts only where a draft is asked for: behind text that it can't foretell its steps would cost a fifth of a forward.
 
-What the draft alone needs, its steps behind the walks' ends and what else serves nothing but them, becomes one branch of a
-`torch.ops.higher_order.cond` over the new input ``drafting`` (bool scalar, on the host); the other branch hands back an empty draft (tokens
-and parents -1, no probability). The keys and values of every forward's pairs are still written, so the head's are whole when drafting
-begins again.
+What the draft alone needs, its steps behind the walks' ends (of the first, all that is behind its attention) and what else serves nothing
+but them, becomes one branch of a `torch.ops.higher_order.cond` over the new input ``drafting`` (bool scalar, on the host); the other branch
+hands back an empty draft (tokens and parents -1, no probability). The keys and values of every forward's pairs are still written, so the
+head's are whole when drafting begins again.
 
 A draft's first step also moves the head's keys and values of the accepted path to their places. So a forward that verifies a tree with
 branches has to draft (`specfx.engines.paged.PagedEngine.bind` sees to it).
@@ -19,7 +19,6 @@ from torch import fx
 
 from specfx.errors import PassError
 from specfx.kernels.greedy_walk import greedy_walk
-from specfx.kernels.tree_attention import tree_attention_
 from specfx.passes.framework import (
     NoMatch,
     Pass,
@@ -50,8 +49,6 @@ def run(module: fx.GraphModule, context: PassContext) -> int:
     results: Any = output.args[0]
     draft = results[3:6]
     steps = _steps(module, walks[0], draft)
-    if not any(node.target is tree_attention_ for node in steps):
-        raise NoMatch("the head makes no step behind its pairs")
     asked = add_placeholder(module, DRAFTING, fake_input(module, (), torch.bool, torch.device("cpu")))
     stretch = Stretch(steps)
     made, nothing = graph_of(stretch.nodes, stretch.inputs, [steps.index(node) for node in draft]), _nothing(module, stretch.inputs, draft)

@@ -377,7 +377,7 @@ def on_demand(module: fx.GraphModule) -> fx.GraphModule:
     return result.module
 
 
-@pytest.mark.parametrize("case", [case for case in DRIVES if case != "qwen3, one step"])
+@pytest.mark.parametrize("case", DRIVES)
 def test_drafts_are_made_where_they_are_asked_for(case: str, kernels: cpu_build.CpuKernels) -> None:
     """Rests leave the head's keys and values whole; the next draft is the eager drafter's, who never rests."""
     model, head, _, module = stitched(*DRIVES[case])
@@ -426,10 +426,14 @@ def test_the_steps_of_a_draft_become_a_branch() -> None:
     assert calls(after.no_draft, tree_attention_) == []  # type: ignore[arg-type]
 
 
-def test_where_no_step_of_a_draft_can_be_left_out_there_is_no_branch() -> None:
-    without, one_step = rewritten("llama", 16)[1], stitched(*DRIVES["qwen3, one step"])[3]
-    assert "no head is stitched in" in refused(draft_on_demand, without, reason=Reason.NOTHING_TO_DO)
-    assert "the head makes no step behind its pairs" in refused(draft_on_demand, one_step, reason=Reason.NOTHING_TO_DO)
+def test_the_only_step_of_a_head_becomes_a_branch_behind_its_keys_and_values() -> None:
+    after = on_demand(stitched(*DRIVES["qwen3, one step"])[3])
+    assert len(calls(after.draft, torch.ops.aten.linear.default)) == 5  # type: ignore[arg-type]  # behind the attention, which is of all pairs
+    assert calls(after.draft, tree_attention_) == calls(after.no_draft, tree_attention_) == []  # type: ignore[arg-type]
+
+
+def test_where_there_is_no_head_there_is_no_branch() -> None:
+    assert "no head is stitched in" in refused(draft_on_demand, rewritten("llama", 16)[1], reason=Reason.NOTHING_TO_DO)
 
 
 @pytest.mark.parametrize("case", ["llama, trees", "qwen3, one step"])
