@@ -15,17 +15,33 @@ struct PackedLinear {
 
   const uint16_t* block_of(int64_t block) const { return weight + block * row_blocks * 1024; }
 
-  // Add the bias, round, and store the columns of `block` that exist. sums: [rows, 32].
-  void finish(int64_t block, int64_t row, int64_t rows, const float* sums) const {
+  // Sums [rows, 32] of a column block on their way to y: its columns that exist, and their bias. stored: rows that are there.
+  struct Leaving {
+    const float* sums = nullptr;
+    int64_t block = 0, row = 0, rows = 0, stored = 0;
+    __mmask32 columns = 0;
+    __m512 left{}, right{};
+  };
+
+  Leaving leaving(int64_t block, int64_t row, int64_t rows, const float* sums) const {
     const int64_t columns = std::min<int64_t>(32, n - block * 32);
-    const __mmask32 store = columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1;
     alignas(64) float offset[32] = {};
     if (bias) std::copy_n(bias + block * 32, columns, offset);
-    const __m512 o0 = _mm512_load_ps(offset), o1 = _mm512_load_ps(offset + 16);
-    for (int64_t i = 0; i < rows; ++i) {
-      const __m512 s0 = _mm512_add_ps(_mm512_load_ps(sums + i * 32), o0), s1 = _mm512_add_ps(_mm512_load_ps(sums + i * 32 + 16), o1);
-      _mm512_mask_storeu_epi16(y + (row + i) * n + block * 32, store, (__m512i)_mm512_cvtne2ps_pbh(s1, s0));
+    return {sums, block, row, rows, 0, columns == 32 ? ~__mmask32(0) : (__mmask32(1) << columns) - 1, _mm512_load_ps(offset), _mm512_load_ps(offset + 16)};
+  }
+
+  // Add the bias, round, and store so many rows more, as far as there are any.
+  void store_some(Leaving& out, int64_t count) const {
+    for (const int64_t end = std::min(out.rows, out.stored + count); out.stored < end; ++out.stored) {
+      const float* sums = out.sums + out.stored * 32;
+      const __m512 left = _mm512_add_ps(_mm512_load_ps(sums), out.left), right = _mm512_add_ps(_mm512_load_ps(sums + 16), out.right);
+      _mm512_mask_storeu_epi16(y + (out.row + out.stored) * n + out.block * 32, out.columns, (__m512i)_mm512_cvtne2ps_pbh(right, left));
     }
+  }
+
+  void finish(int64_t block, int64_t row, int64_t rows, const float* sums) const {
+    Leaving out = leaving(block, row, rows, sums);
+    store_some(out, rows);
   }
 };
 
@@ -89,82 +105,58 @@ struct OnVectors : PackedLinear {
 #ifdef SPECFX_AMX
 // On tiles (AMX): each load of the weight serves 16 rows.
 struct OnTiles : PackedLinear {
-  // Column blocks `begin` to `end`. Up to 16 rows, two blocks at a time: each load of the inputs serves four tiles of the weight.
+  // Column blocks `begin` to `end`, in groups of 32 rows: what one group adds up to is stored while the tiles work on the next.
   void run(int64_t begin, int64_t end) const {
-    if (m <= 16) {
-      configure_tiles({m, m, m, m, m, 1, 16, 16});
-      for (int64_t block = begin; block < end; block += 2) short_columns(block, std::min<int64_t>(2, end - block));
-    } else {
-      int64_t configured = 0;
-      for (int64_t block = begin; block < end; ++block)
-        for (int64_t row = 0; row < m; row += 32) {
-          const int64_t rows = std::min<int64_t>(32, m - row), upper = std::min<int64_t>(16, rows);
-          if (rows != configured) configure_tiles({upper, upper, rows - upper, rows - upper, upper, rows - upper, 16, 16});
-          configured = rows;
-          tall_column(block, row, rows);
-        }
-    }
+    alignas(64) float sums[2][32 * 32];
+    Leaving out;
+    int64_t configured = 0, turn = 0;
+    const int64_t groups = (m + 31) / 32;
+    for (int64_t block = begin; block < end; ++block)
+      for (int64_t g = 0; g < groups; ++g, turn ^= 1) {
+        const int64_t row = g * 32, rows = std::min<int64_t>(32, m - row), upper = std::min<int64_t>(16, rows);
+        if (rows != configured) configure_tiles({upper, upper, rows - upper, rows - upper, upper, rows - upper, 16, 16});
+        configured = rows;
+        column(block, g, groups, rows, sums[turn], out);
+        store_some(out, out.rows);
+        out = leaving(block, row, rows, sums[turn]);
+      }
+    store_some(out, out.rows);
     _tile_release();
   }
 
-  static void prefetch(const uint16_t* w) {  // the tiles that come four steps later
-    for (int line = 0; line < 32; ++line) _mm_prefetch(reinterpret_cast<const char*>(w + 4096) + line * 64, _MM_HINT_T0);
-  }
-
-  // Tiles 0, 1 and 2, 3: sums of the first and second block; 4: inputs; 6, 7: weights.
-  void short_columns(int64_t block, int64_t blocks) const {
-    const uint16_t *a = x, *first = block_of(block), *second = first + row_blocks * 1024;
-    alignas(64) float sums[16 * 32];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t kb = 0; kb < row_blocks; ++kb, a += 32, first += 1024, second += 1024) {
-      prefetch(first);
-      _tile_loadd(4, a, k * 2);
-      _tile_loadd(6, first, 128);
-      _tile_loadd(7, first + 32, 128);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      if (blocks == 2) {
-        prefetch(second);
-        _tile_loadd(6, second, 128);
-        _tile_loadd(7, second + 32, 128);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_dpbf16ps(3, 4, 7);
-      }
-    }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    finish(block, 0, m, sums);
-    if (blocks == 2) {
-      _tile_stored(2, sums, 128);
-      _tile_stored(3, sums + 16, 128);
-      finish(block + 1, 0, m, sums);
-    }
-  }
-
-  // Tiles 0, 1: sums of rows 0..15; 2, 3: of rows 16..31; 4, 5: inputs; 6, 7: weights.
-  void tall_column(int64_t block, int64_t row, int64_t rows) const {
-    const uint16_t *w = block_of(block), *a = x + row * k;
+  // Tiles 0, 1: sums of rows 0..15; 2, 3: of rows 16..31; 4, 5: inputs; 6, 7: weights. Meanwhile `out` is stored, and what comes next is
+  // fetched into the second cache. One group of rows waits for memory: it fetches the quarters of a block from four places 4.5 blocks apart, which
+  // are served faster than one (over the blocks, each quarter is fetched once). Several groups fetch the next column block: up to four
+  // groups a share of each block's lines, more a share of the blocks.
+  void column(int64_t block, int64_t g, int64_t groups, int64_t rows, float* sums, Leaving& out) const {
+    const uint16_t *w = block_of(block), *a = x + g * 32 * k;
+    const int64_t ahead = groups == 1 ? 4608 : row_blocks * 1024, apart = groups == 1 ? 4608 : 0;
+    const bool each = groups <= 4;
+    const int64_t shares = each ? 8 : row_blocks, from = shares * g / groups, to = shares * (g + 1) / groups;
+    const int64_t leave = (31 + row_blocks) / row_blocks;
     const bool lower = rows > 16;
-    alignas(64) float sums[32 * 32];
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
-      if (row == 0) prefetch(w);
-      _tile_loadd(4, a, k * 2);
+      const int64_t line = each ? from : 0, end = each ? to : kb >= from && kb < to ? 8 : 0;
+      const uint16_t* next = w + ahead;
+      fetch(next, line, end);  // a little at a time: many at once would keep the weights at hand waiting
       _tile_loadd(6, w, 128);
+      fetch(next + apart + 256, line, end);
       _tile_loadd(7, w + 32, 128);
+      fetch(next + apart * 2 + 512, line, end);
+      _tile_loadd(4, a, k * 2);
       _tile_dpbf16ps(0, 4, 6);
+      fetch(next + apart * 3 + 768, line, end);
       _tile_dpbf16ps(1, 4, 7);
       if (lower) {
         _tile_loadd(5, a + 16 * k, k * 2);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
       }
+      store_some(out, leave);
     }
     _tile_stored(0, sums, 128);
     _tile_stored(1, sums + 16, 128);
@@ -172,7 +164,16 @@ struct OnTiles : PackedLinear {
       _tile_stored(2, sums + 512, 128);
       _tile_stored(3, sums + 528, 128);
     }
-    finish(block, row, rows, sums);
+  }
+
+  // Cache lines `line` to `end` of the 8 of a quarter of a block of 32 inputs and columns.
+  static void fetch(const uint16_t* quarter, int64_t line, int64_t end) {
+    const char* place = reinterpret_cast<const char*>(quarter);
+    if (end - line == 8)
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < 8; ++i) _mm_prefetch(place + i * 64, _MM_HINT_T1);
+    else
+      for (int64_t i = line; i < end; ++i) _mm_prefetch(place + i * 64, _MM_HINT_T1);
   }
 };
 #endif
