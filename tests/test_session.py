@@ -556,13 +556,12 @@ def test_prompts_share_forwards_of_as_many_rows_as_one_may_take(lengths: list[in
     prompts = [[i % VOCAB] * n for i, n in enumerate(lengths)]
     firsts = runtime.admit([Arrival(prompt, 9, never) for prompt in prompts])
     forwards: list[list[int]] = []
-    room = 0  # of the last forward, beside whole prompts
     for n in lengths:
-        if n <= room:
-            forwards[-1].append(n)
-        else:
-            forwards += [[min(chunk, n - start)] for start in range(0, n, chunk)]
-        room = chunk - sum(forwards[-1]) if n <= chunk else 0
+        while n:
+            if not forwards or sum(forwards[-1]) == chunk:
+                forwards.append([])
+            forwards[-1].append(min(n, chunk - sum(forwards[-1])))
+            n -= forwards[-1][-1]
     assert [[rows.count for rows in batch] for batch in engine.batches] == forwards
     assert all(rows.last_only for batch in engine.batches for rows in batch)
     assert told == [sum(rows) for rows in forwards]

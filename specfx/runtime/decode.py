@@ -299,8 +299,10 @@ def _reserve_rows(runtime: Runtime, engine: Engine, prompts: list[list[int]], ro
         if i and prompt == prompts[i - 1]:
             shared, source = len(prompt), seqs[-1]
         else:
-            shared, best = max(((_common(text, prompt[:-1]), seq) for seq, text in known.items()), default=(0, -1))
-            source = best if shared >= FEWEST_SHARED else None
+            shared = 0
+            for seq, text in known.items():  # rather an early one, which need not be waited for
+                if (common := _common(text, prompt[:-1])) >= shared + FEWEST_SHARED:
+                    shared, source = common, seq
         seqs.append(runtime.reserve(len(prompt), room, source, shared, grows))
         known[seqs[-1]] = prompt
     return seqs

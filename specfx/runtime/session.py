@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,6 +116,16 @@ class _Walk:
         return child is not None
 
 
+@dataclass
+class _Prompt:
+    """A prompt that is being run. left: tokens yet to come. output: behind the rows of its last forward. hidden: of all its forwards."""
+
+    sequence: SequenceState
+    left: int
+    output: RowsOutput = field(init=False)
+    hidden: list[Tensor] = field(default_factory=list)
+
+
 class Runtime:
     """Sequences over one engine and one drafter. Not thread-safe: the caller holds the engine.
 
@@ -139,7 +150,7 @@ class Runtime:
         self.budget = budget
         self.sequences: dict[int, SequenceState] = {}
         self.kept: dict[int, list[int]] = {}
-        self._reserved: dict[int, bool] = {}
+        self._reserved: dict[int, int | None] = {}  # with their sources
         self._rooms: dict[int, int] = {}  # tokens for which a sequence that grows has room
         self._last: tuple[list[int], RowsOutput, Tensor | None]  # of the prompt that was prefilled last
         self._drafted = True  # whether the last forward was asked for a draft
@@ -154,7 +165,7 @@ class Runtime:
         """
         seq, capacity = next(_ids), prompt_length + min(max_new_tokens, PIECE if grows else max_new_tokens) + self.max_nodes + 1
         shares = () if source is None else (source, shared)
-        self._reserved[seq] = source is not None  # before there is room to give back: Ctrl-C may come at any time
+        self._reserved[seq] = source  # before there is room to give back: Ctrl-C may come at any time
         try:
             self._with_room(lambda: self.engine.add(seq, capacity, *shares))
         except KVPoolError:
@@ -196,70 +207,74 @@ class Runtime:
             for arrival in arrivals:
                 seq = self.reserve(len(arrival.prompt), arrival.max_new_tokens) if arrival.seq is None else arrival.seq
                 coming[seq] = arrival
-            return [committed for group in self._groups(coming) for committed in self._start(group)]
+            return list(self._start(coming))
         except BaseException:
             for seq in [*coming, *(arrival.seq for arrival in arrivals if arrival.seq is not None)]:
                 self.remove(seq)
             raise
 
-    def _groups(self, coming: dict[int, Arrival]) -> Iterator[dict[int, Arrival]]:
-        """What is prefilled together: prompts that one forward takes, none of which begins with another sequence's tokens."""
-        group: dict[int, Arrival] = {}
-        for seq, arrival in coming.items():
-            rows = sum(len(a.prompt) for a in group.values()) + len(arrival.prompt)
-            if group and (rows > self.chunk or self._reserved[seq] or self._reserved[next(iter(group))]):
-                yield group
-                group = {}
-            group[seq] = arrival
-        if group:
-            yield group
+    def _start(self, coming: dict[int, Arrival]) -> Iterator[Committed]:
+        """Prefill. A forward takes as many rows of the prompts, in order, as it may; who begins with tokens of another waits for them."""
+        waiting, running = deque(coming), list[_Prompt]()  # of those that are running, only the last can be left half done
+        while waiting or running:
+            with self.stats.timed("prefill"):
+                room = self.chunk - sum(prompt.left for prompt in running)
+                while waiting and room > 0 and self._reserved[waiting[0]] not in [prompt.sequence.id for prompt in running]:
+                    seq = waiting.popleft()
+                    running.append(self._begin(seq, coming[seq]))
+                    room -= running[-1].left
+                self._prefill(running)
+                done, running = [prompt for prompt in running if not prompt.left], [prompt for prompt in running if prompt.left]
+            tokens = self._choose([p.sequence for p in done], [p.output for p in done], [-1] * len(done))
+            self.stats.prefills += len(done)
+            for prompt, token in zip(done, tokens, strict=True):
+                sequence, states = prompt.sequence, torch.cat(prompt.hidden) if prompt.hidden else None
+                ended = self._append(sequence, token)
+                yield self._committed(sequence, [token], states, self._draft_of(sequence, prompt.output), ended)
 
-    def _start(self, arrivals: dict[int, Arrival]) -> list[Committed]:
-        group = []
-        for seq, arrival in arrivals.items():
-            self.drafter.add(seq, arrival.prompt, arrival.ends)
-            self.sequences[seq] = arrival.state(seq)
-            group.append(self.sequences[seq])
-        with self.stats.timed("prefill"):
-            known = sum(self.engine.inherit(s.id) for s in group if self._reserved.pop(s.id))
-            outputs, hidden = self._prefill(group, known)
-            output, states = outputs[-1], hidden[-1]
-            output = replace(output, logits=output.logits[-1:].clone())
-            self._last = list(group[-1].tokens), output, None if states is None else states[-1:]
-        tokens = self._choose(group, outputs, [-1] * len(group))
-        self.stats.prefills += len(group)
-        self.stats.prompt_tokens += sum(len(s.tokens) for s in group) - known
+    def _begin(self, seq: int, arrival: Arrival) -> _Prompt:
+        self.drafter.add(seq, arrival.prompt, arrival.ends)
+        self.sequences[seq] = sequence = arrival.state(seq)
+        known = self.engine.inherit(seq) if self._reserved.pop(seq) is not None else 0
         self.stats.reused_tokens += known
-        return [
-            self._committed(sequence, [token], states, self._draft_of(sequence, output), self._append(sequence, token))
-            for sequence, token, output, states in zip(group, tokens, outputs, hidden, strict=True)
-        ]
-
-    def _prefill(self, group: list[SequenceState], known: int) -> tuple[list[RowsOutput], list[Tensor | None]]:
-        """Run prompts that one forward takes, or one of any length from token `known` on; the last outputs, and all hidden states."""
         if known:
             self.progress(known)
-        if known == len(group[0].tokens):  # it is that of the sequence added before
-            before, output, last = self._last
-            assert before == group[0].tokens
-            if group[0].engine_draw is not None:  # with noise of its own
-                output = replace(output, choice=next_tokens(group, [output.logits[-1]]))
-            return [output], [last]
-        hidden: dict[int, list[Tensor]] = {s.id: [] for s in group}
-        for start in range(known, max(len(s.tokens) for s in group), self.chunk):
-            end = start + self.chunk
-            batch = []
-            for sequence in group:
+        prompt = _Prompt(sequence, len(sequence.tokens) - known)
+        if not prompt.left:  # it is that of the sequence that came before
+            before, prompt.output, last = self._last
+            assert before == sequence.tokens
+            if sequence.engine_draw is not None:  # with noise of its own
+                prompt.output = replace(prompt.output, choice=next_tokens([sequence], [prompt.output.logits[-1]]))
+            prompt.hidden = [] if last is None else [last]
+        return prompt
+
+    def _prefill(self, prompts: list[_Prompt]) -> None:
+        """One forward of what is left of `prompts`, as far as it takes so many rows."""
+        batch, room = dict[int, Rows](), self.chunk
+        for prompt in prompts:
+            sequence, start = prompt.sequence, len(prompt.sequence.tokens) - prompt.left
+            if prompt.left:
+                end = start + min(prompt.left, room)
                 following = sequence.tokens[end] if end < len(sequence.tokens) else None
                 draw = sequence.engine_draw if following is None else None
-                batch.append(Rows(sequence.id, sequence.tokens[start:end], last_only=True, following=following, draw=draw))
-            outputs = self.engine.forward(batch)
-            for sequence, rows, output in zip(group, batch, outputs, strict=True):
-                self.engine.commit(sequence.id, range(rows.count))
-                if (part := self._hidden_for(sequence, output)) is not None:
-                    hidden[sequence.id].append(part.clone())  # the next forward may overwrite it
-            self.progress(sum(rows.count for rows in batch))
-        return outputs, [torch.cat(parts) if parts else None for parts in hidden.values()]
+                batch[sequence.id] = Rows(sequence.id, sequence.tokens[start:end], last_only=True, following=following, draw=draw)
+                room -= end - start
+        if not batch:
+            return
+        outputs = dict(zip(batch, self.engine.forward(list(batch.values())), strict=True))
+        for prompt in prompts:
+            if (rows := batch.get(prompt.sequence.id)) is not None:
+                prompt.output = outputs[rows.seq]
+                self.engine.commit(rows.seq, range(rows.count))
+                prompt.left -= rows.count
+                if (part := self._hidden_for(prompt.sequence, prompt.output)) is not None:
+                    prompt.hidden.append(part.clone())  # the next forward may overwrite it
+                if not prompt.left:
+                    output = replace(prompt.output, logits=prompt.output.logits[-1:].clone())
+                    self._last = list(prompt.sequence.tokens), output, prompt.hidden[-1][-1:] if prompt.hidden else None
+        rows_run = sum(rows.count for rows in batch.values())
+        self.stats.prompt_tokens += rows_run
+        self.progress(rows_run)
 
     def _draft_of(self, sequence: SequenceState, output: RowsOutput) -> DraftTree | None:
         """The draft that the engine made: it hangs on the engine's choice."""
