@@ -44,7 +44,7 @@ _VALUE_MEMORY = 0.85
 """As `MEMORY`, of what a draft saves."""
 _OTHER = 1.25
 """Times as many sequences: then a draft is worth something else."""
-_URGENT = 4.0
+_URGENT = 2.0
 """A sequence with half as many steps to go as the last one counts ``2 ** -_URGENT`` as much."""
 
 
