@@ -597,7 +597,7 @@ def test_packed_linear_kernel_agrees_with_the_reference(n: int, k: int, biased: 
     weight = torch.randn(n, k, generator=generator).bfloat16()
     bias = torch.randn(n, generator=generator).bfloat16() if biased else None
     packed = pack(weight)
-    for rows in (*range(1, 18), 25, 31, 32, 33, 48, 64, 70, 400):
+    for rows in (*range(1, 18), 25, 31, 32, 33, 40, 48, 49, 64, 70, 100, 400):
         x = torch.randn(rows, k, generator=generator).bfloat16()
         exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
         out = packed_linear(x, packed, bias, n)

@@ -105,18 +105,22 @@ struct OnVectors : PackedLinear {
 #ifdef SPECFX_AMX
 // On tiles (AMX): each load of the weight serves 16 rows.
 struct OnTiles : PackedLinear {
-  // Column blocks `begin` to `end`, in groups of 32 rows: what one group adds up to is stored while the tiles work on the next.
+  // Column blocks `begin` to `end`, in groups of 32 rows, or one of up to 48: what one group adds up to is stored while the tiles work on the next.
   void run(int64_t begin, int64_t end) const {
-    alignas(64) float sums[2][32 * 32];
+    alignas(64) float sums[2][48 * 32];
     Leaving out;
     int64_t configured = 0, turn = 0;
-    const int64_t groups = (m + 31) / 32;
+    const int64_t groups = m <= 48 ? 1 : (m + 31) / 32;
     for (int64_t block = begin; block < end; ++block)
       for (int64_t g = 0; g < groups; ++g, turn ^= 1) {
-        const int64_t row = g * 32, rows = std::min<int64_t>(32, m - row), upper = std::min<int64_t>(16, rows);
-        if (rows != configured) configure_tiles({upper, upper, rows - upper, rows - upper, upper, rows - upper, 16, 16});
+        const int64_t row = g * 32, rows = groups == 1 ? m : std::min<int64_t>(32, m - row), upper = std::min<int64_t>(16, rows);
+        if (rows > 32 && rows != configured) configure_tiles({16, 16, 16, 16, 16, 16, 16, 16});
+        if (rows <= 32 && rows != configured) configure_tiles({upper, upper, rows - upper, rows - upper, upper, rows - upper, 16, 16});
         configured = rows;
-        column(block, g, groups, rows, sums[turn], out);
+        if (rows > 32)
+          tall_column(block, sums[turn], out);
+        else
+          column(block, g, groups, rows, sums[turn], out);
         store_some(out, out.rows);
         out = leaving(block, row, rows, sums[turn]);
       }
@@ -130,7 +134,7 @@ struct OnTiles : PackedLinear {
   // groups a share of each block's lines, more a share of the blocks.
   void column(int64_t block, int64_t g, int64_t groups, int64_t rows, float* sums, Leaving& out) const {
     const uint16_t *w = block_of(block), *a = x + g * 32 * k;
-    const int64_t ahead = groups == 1 ? 4608 : row_blocks * 1024, apart = groups == 1 ? 4608 : 0;
+    const int64_t ahead = groups == 1 ? kApart : row_blocks * 1024, apart = groups == 1 ? kApart : 0;
     const bool each = groups <= 4;
     const int64_t shares = each ? 8 : row_blocks, from = shares * g / groups, to = shares * (g + 1) / groups;
     const int64_t leave = (31 + row_blocks) / row_blocks;
@@ -165,6 +169,47 @@ struct OnTiles : PackedLinear {
       _tile_stored(3, sums + 528, 128);
     }
   }
+
+  // All of 33 to 48 rows in one pass over the weight, as memory is what they wait for: with each half of the columns all inputs are loaded again.
+  // The last 16 rows may be among those before too. Tiles 0, 1, 2 and 3, 4, 5: sums of the left and right half; 6: weights; 7: inputs.
+  void tall_column(int64_t block, float* sums, Leaving& out) const {
+    const uint16_t *w = block_of(block), *a = x;
+    const int64_t last = m - 16, leave = (47 + row_blocks) / row_blocks;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t kb = 0; kb < row_blocks; ++kb, w += 1024, a += 32) {
+      fetch(w + kApart, 0, 8);
+      _tile_loadd(6, w, 128);
+      _tile_loadd(7, a, k * 2);
+      _tile_dpbf16ps(0, 7, 6);
+      fetch(w + kApart * 2 + 256, 0, 8);
+      _tile_loadd(7, a + 16 * k, k * 2);
+      _tile_dpbf16ps(1, 7, 6);
+      _tile_loadd(7, a + last * k, k * 2);
+      _tile_dpbf16ps(2, 7, 6);
+      fetch(w + kApart * 3 + 512, 0, 8);
+      _tile_loadd(6, w + 32, 128);
+      _tile_dpbf16ps(5, 7, 6);
+      _tile_loadd(7, a, k * 2);
+      _tile_dpbf16ps(3, 7, 6);
+      fetch(w + kApart * 4 + 768, 0, 8);
+      _tile_loadd(7, a + 16 * k, k * 2);
+      _tile_dpbf16ps(4, 7, 6);
+      store_some(out, leave);
+    }
+    _tile_stored(0, sums, 128);
+    _tile_stored(1, sums + 16 * 32, 128);
+    _tile_stored(2, sums + last * 32, 128);
+    _tile_stored(3, sums + 16, 128);
+    _tile_stored(4, sums + 16 * 32 + 16, 128);
+    _tile_stored(5, sums + last * 32 + 16, 128);
+  }
+
+  static constexpr int64_t kApart = 4608;
 
   // Cache lines `line` to `end` of the 8 of a quarter of a block of 32 inputs and columns.
   static void fetch(const uint16_t* quarter, int64_t line, int64_t end) {
